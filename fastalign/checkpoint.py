@@ -1,0 +1,218 @@
+"""Checkpoints of a run (atomic, resumable) and its result (what Hugging Face tools load)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from fastalign.config import Config, ConfigError, dump_config, parse_config
+from fastalign.data import Example, Stream
+from fastalign.model import POLICY, TrainedModel
+
+PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: ``step`` updates done; next is batch ``batch`` of round ``round``."""
+
+    step: int = 0
+    round: int = 0
+    batch: int = 0
+    best_metric: float | None = None
+    evals_without_gain: int = 0
+
+
+def save_checkpoint(
+    model: TrainedModel, config: Config, position: Position, pending: Sequence[Example]
+) -> Path:
+    """Write parameters, optimizer, random states and position; collective.
+
+    The folder appears under its name only when everything in it is written.
+    """
+    final = Path(config.output_dir) / f"{PREFIX}{position.step}"
+    aside = final.with_name(f".{final.name}.partial")
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    model.engine.save_checkpoint(
+        str(aside), tag="state", exclude_frozen_parameters=model.uses_adapter
+    )
+    torch.save(_random_state(), aside / f"random-{rank}.pt")
+    if rank == 0:
+        if pending:
+            save_examples(aside / "pending.npz", pending)
+        (aside / "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
+        (aside / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+    dist.barrier()
+    if rank == 0:
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _forget_old(Path(config.output_dir), config.save_total_limit)
+    dist.barrier()
+    return final
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, or None to start afresh.
+
+    Raises:
+        ConfigError: a named folder is no checkpoint.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted is False:
+        return None
+    if isinstance(wanted, str):
+        path = Path(wanted)
+        if not (path / "position.json").is_file():
+            raise ConfigError(f"resume_from_checkpoint = {wanted!r}: no checkpoint there")
+        return path
+    found = checkpoints(Path(config.output_dir))
+    return found[-1] if found else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in output_dir.glob(f"{PREFIX}*") if (p / "position.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def load_checkpoint(
+    model: TrainedModel, config: Config, path: Path
+) -> tuple[Position, list[Example]]:
+    """Put a run back where :func:`save_checkpoint` left it; collective."""
+    import yaml
+
+    saved = parse_config(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
+    _check_same_run(saved, config, path)
+    loaded, _ = model.engine.load_checkpoint(
+        str(path), tag="state", load_module_strict=not model.uses_adapter
+    )
+    if loaded is None:
+        raise ConfigError(f"{path}: DeepSpeed could not load its part of the checkpoint")
+    # Written by us, by this program, in this run's own folder: tensors and plain values only.
+    _restore_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True))
+    position = Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
+    pending = path / "pending.npz"
+    return position, load_examples(pending) if pending.is_file() else []
+
+
+# What may differ between a run and its continuation without changing what is computed.
+_FREE = {
+    "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
+    "eval_steps", "report_to", "early_stopping_patience", "metric_for_best_model",
+    "greater_is_better", "eval_judge", "declared_licenses", "nproc_per_node",
+}  # fmt: skip
+
+
+def _check_same_run(saved: Config, config: Config, path: Path) -> None:
+    before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
+    changed = [k for k in now if k not in _FREE and before.get(k) != now[k]]
+    if changed:
+        k = changed[0]
+        raise ConfigError(
+            f"resume_from_checkpoint: {path} was made with {k} = {before.get(k)!r}, the recipe "
+            f"says {now[k]!r}; put it back or start afresh in another output_dir"
+        )
+
+
+def _forget_old(output_dir: Path, keep: int) -> None:
+    for old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Examples as flat arrays, no pickle."""
+    streams = [s for e in examples for s in e.streams]
+    np.savez(
+        path,
+        input_ids=np.concatenate([s.input_ids for s in streams]),
+        loss_mask=np.concatenate([s.loss_mask for s in streams]),
+        lengths=np.array([len(s.input_ids) for s in streams]),
+        roles=np.array([s.role for s in streams]),
+        streams=np.array([len(e.streams) for e in examples]),
+        weights=np.array([e.weight for e in examples]),
+        sources=np.array([e.source for e in examples]),
+    )
+
+
+def load_examples(path: Path) -> list[Example]:
+    with np.load(path, allow_pickle=False) as data:
+        cuts = np.cumsum(data["lengths"])[:-1]
+        streams = iter(
+            Stream(role=str(role), input_ids=ids, loss_mask=mask)
+            for role, ids, mask in zip(
+                data["roles"],
+                np.split(data["input_ids"], cuts),
+                np.split(data["loss_mask"], cuts),
+                strict=True,
+            )
+        )
+        return [
+            Example(tuple(next(streams) for _ in range(n)), float(weight), str(source))
+            for n, weight, source in zip(
+                data["streams"], data["weights"], data["sources"], strict=True
+            )
+        ]
+
+
+def save_result(model: TrainedModel, tokenizer: Any, folder: Path) -> None:
+    """The trained model as transformers or PEFT load it; collective under ZeRO-3."""
+    if model.uses_adapter:
+        tensors = {k: v.cpu().contiguous() for k, v in model.adapter_tensors(POLICY).items()}
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            peft_config = model.policy.model.peft_config[POLICY]
+            before, peft_config.inference_mode = peft_config.inference_mode, True
+            peft_config.save_pretrained(str(folder))
+            peft_config.inference_mode = before
+            tokenizer.save_pretrained(folder)
+    else:
+        tensors = {}
+        for name, tensor in model.iter_weights(model.dtype):
+            if dist.get_rank() == 0:
+                tensors[name] = tensor.cpu().clone()
+        if dist.get_rank() == 0:
+            causal_lm = model.policy.causal_lm
+            # Our packed attention is not something that another program can load.
+            causal_lm.config._attn_implementation = None
+            causal_lm.save_pretrained(folder, state_dict=tensors)
+            tokenizer.save_pretrained(folder)
+    dist.barrier()

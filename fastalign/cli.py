@@ -1,0 +1,139 @@
+"""The ``fastalign`` command: parse, call, exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong recipe, data or command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from fastalign import __version__
+from fastalign.config import Config, ConfigError, dump_config, load_config
+
+OK, FAILED, USAGE = 0, 1, 2
+
+TRAIN_HELP = """\
+examples:
+  fastalign train recipes/cut-offline.yaml model_name_or_path=./model datasets.0.path=data.jsonl
+  fastalign train recipe.yaml learning_rate=1e-5 nproc_per_node=2
+  fastalign train recipe.yaml --dry-run
+  fastalign train recipe.yaml nproc_per_node=8 --nnodes 2 --node_rank 0 --master_addr 10.0.0.1
+
+Options after the overrides that start with -- are torchrun's and are passed on to it.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fastalign", description="Align a language model from judgments."
+    )
+    parser.add_argument("--version", action="version", version=f"fastalign {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train by a recipe",
+        epilog=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    train.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
+    )
+
+    demo = commands.add_parser("demo", help="run the main job on this machine, start to finish")
+    demo.add_argument("--output-dir", default="demo-output")
+    demo.add_argument("--seed", type=int, default=0)
+
+    arguments, passed_on = parser.parse_known_args(argv)
+    if passed_on and arguments.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(passed_on)}")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        if arguments.command == "train":
+            return _train(arguments, passed_on)
+        from fastalign.demo.run import run_demo
+
+        return run_demo(arguments.output_dir, arguments.seed)
+    except ConfigError as error:
+        # Every rank reads the same recipe and data, so one of them speaks for all.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastalign: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("fastalign: interrupted", file=sys.stderr)
+        return FAILED
+
+
+def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.resume:
+        overrides.append("resume_from_checkpoint=true")
+    config = load_config(arguments.recipe, overrides)
+    if arguments.dry_run:
+        print(dump_config(config), end="")
+        return OK
+    if "LOCAL_RANK" not in os.environ:
+        processes = resolve_processes(config)
+        if processes > 1 or torchrun_options:
+            return _torchrun(processes, torchrun_options, arguments.recipe, overrides)
+
+    from fastalign.rollout import EngineError
+    from fastalign.train import train
+
+    try:
+        train(config)
+    except EngineError as error:
+        print(f"fastalign: rollout engine: {error}", file=sys.stderr)
+        return FAILED
+    except FloatingPointError as error:
+        print(f"fastalign: {error}", file=sys.stderr)
+        return FAILED
+    return OK
+
+
+def resolve_processes(config: Config) -> int:
+    """Processes on this node: one for each GPU, one on a CPU, unless the recipe says."""
+    if config.nproc_per_node != "auto":
+        return config.nproc_per_node
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[str]) -> int:
+    """Start one process for each rank and wait; a rank's exit code becomes ours."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torchrun sets one thread a process when nothing is said, which idles a CPU's cores.
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes))
+    )
+    single_node = not any(option.startswith("--nnodes") for option in options)
+    # A rank that fails says why itself; torchrun's own report would bury that line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(
+            torchrun.parse_args(
+                [
+                    f"--nproc-per-node={processes}",
+                    *(["--standalone"] if single_node else []),
+                    *options,
+                    "--module",
+                    "fastalign",
+                    "train",
+                    recipe,
+                    *overrides,
+                ]
+            )
+        )
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return USAGE if USAGE in codes else FAILED
+    return OK

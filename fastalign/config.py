@@ -1,0 +1,443 @@
+"""The recipe: one typed, frozen configuration, read from YAML and dotted overrides.
+
+Keys that mean the same as in transformers' ``TrainingArguments`` or TRL's configs carry their
+names.  Two differ on purpose: ``global_batch_size`` counts records (pairs for preferences) per
+optimizer step over all ranks, and ``micro_batch_tokens`` is the token budget of one packed
+forward pass; neither depends on how many processes run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A recipe, override or data problem that the user can mend: one line, exit code 2."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DatasetConfig(_Strict):
+    """One source of records; several are concatenated, each sampled by its weight."""
+
+    path: str = Field(description="JSONL, JSON or Parquet file, or a name on the hub.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    weight: PositiveFloat = Field(
+        1.0,
+        description="Multiplies the number of records: 0.5 takes a seeded half, 2 each twice.",
+    )
+    max_samples: PositiveInt | None = Field(None, description="Seeded subsample before weighting.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames: our column name -> the file's column name."
+    )
+    template: str | None = Field(
+        None,
+        description="'chat' (the default: the tokenizer's own), 'alpaca' or a template file.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the tokenizer's chat template."
+    )
+
+
+class CutConfig(_Strict):
+    """Contrastive unlikelihood training (arXiv 2312.14591)."""
+
+    preset: Literal["paper", "reference"] = Field(
+        "paper",
+        description="'paper': record weight 1 and gamma below. 'reference': the published code at "
+        "micro-batch 1 (gamma 0, negative records weigh one half).",
+    )
+    lambda_: PositiveFloat = Field(
+        1.1, alias="lambda", description="Token t is inappropriate when c_t > lambda * q_t."
+    )
+    alpha: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the penalty.")
+    gamma: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Exponent of the dynamic weight c_t^gamma (preset 'paper')."
+    )
+    min_judged_prob: Fraction = Field(0.0, description="Flag only where c_t exceeds it (DualCUT).")
+    positive_ratio: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Keep at most this many positive records per negative one; null: all."
+    )
+    judged_warmup: Fraction = Field(
+        0.0,
+        description="Share of the steps, at the start, that trains the likelihood parts alone.",
+    )
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+
+class OnlineConfig(_Strict):
+    """Rollouts from the current model, judged, then trained on; absent: offline."""
+
+    iterations: PositiveInt | None = Field(
+        None, description="Rounds of rollout, judging and training; null: until the prompts end."
+    )
+    prompts_per_iteration: PositiveInt = Field(
+        64, description="New prompts per round over all ranks."
+    )
+    num_generations: PositiveInt = Field(1, description="Samples per prompt.")
+    num_train_epochs: PositiveInt = Field(1, description="Passes over each round's records.")
+
+
+class RolloutConfig(_Strict):
+    """The rollout engine."""
+
+    engine: Literal["auto", "vllm", "hf"] = Field(
+        "auto", description="'auto' takes vLLM when it is installed, the embedded engine otherwise."
+    )
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
+    max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
+    enforce_eager: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    timeout_s: PositiveFloat = Field(1800.0, description="Longest wait for one engine call.")
+
+
+class JudgeConfig(_Strict):
+    """Who judges the rollouts: written judgments for CUT, pairs for DPO."""
+
+    type: Literal["rule", "self"] = "rule"
+    path: str | None = Field(
+        None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
+    )
+    model: Literal["reference", "policy"] = Field(
+        "reference", description="Self judge: the frozen start of the run, or the current policy."
+    )
+    template: str | None = Field(None, description="Pairwise judge template; default: built in.")
+    principles: tuple[str, ...] = Field(
+        (), description="One judgment per principle (SELF-JUDGE, PR); empty: one overall."
+    )
+    decision_tokens: tuple[str, str] = (" A", " B")
+    tie_threshold: Annotated[float, Field(ge=0)] = Field(
+        1e-3, description="Scores closer than this tie; a tied pair abstains."
+    )
+    min_decision_mass: Fraction = Field(
+        0.5, description="Stop when the mean P(A) + P(B) at the decision position is lower."
+    )
+
+
+class JsftConfig(_Strict):
+    """Judge-augmented supervised fine-tuning (arXiv 2402.11253)."""
+
+    judge_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Weight of a judgment row against a demonstration."
+    )
+    demonstrations: bool = Field(True, description="Also train on the chosen answer.")
+
+
+class Config(_Strict):
+    """Everything that a run is made of."""
+
+    # What to train
+    method: str = Field(description="'sft', 'cut', 'jsft', 'dpo', or 'file.py:Class'.")
+    model_name_or_path: str
+    model_revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
+    )
+    attn_implementation: str | None = Field(
+        None, description="null: packed, with flash-attn when it is installed."
+    )
+    gradient_checkpointing: bool = False
+    use_peft: bool = False
+    lora_r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_target_modules: str | tuple[str, ...] = "all-linear"
+    adapter_name_or_path: str | None = Field(
+        None, description="Adapter to start from; it is also the frozen reference and judge."
+    )
+
+    # Data
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
+    eval_datasets: tuple[DatasetConfig, ...] = ()
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Held-out share of `datasets` when `eval_datasets` is empty."
+    )
+    max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
+    strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
+    shuffle: bool = True
+    seed: int = 42
+
+    # Optimisation
+    learning_rate: PositiveFloat = 1e-5
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: PositiveFloat = 1.0
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = 8
+    micro_batch_tokens: PositiveInt = 8192
+    normalization: Literal["record", "token"] = Field(
+        "record",
+        description="Mean over tokens then records, or mean over the tokens of the global batch.",
+    )
+
+    # Losses
+    cut: CutConfig = CutConfig()
+    jsft: JsftConfig = JsftConfig()
+    beta: PositiveFloat = 0.1
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+    # Rollouts
+    online: OnlineConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    judge: JudgeConfig | None = None
+    eval_judge: JudgeConfig | None = Field(
+        None, description="Judge of the win rate against the start; never the training judge."
+    )
+    max_completion_length: PositiveInt = 256
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    # Running
+    output_dir: str
+    nproc_per_node: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Processes on this node; 'auto': one per GPU, one on a CPU."
+    )
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="DeepSpeed options merged under ours."
+    )
+    resume_from_checkpoint: str | bool = Field(
+        False, description="true: the newest whole checkpoint of output_dir; or a folder."
+    )
+    logging_steps: PositiveInt = 1
+    save_steps: PositiveInt | None = None
+    save_total_limit: PositiveInt = 2
+    eval_steps: PositiveInt | None = None
+    metric_for_best_model: str | None = None
+    greater_is_better: bool = False
+    early_stopping_patience: PositiveInt | None = None
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    declared_licenses: dict[str, str] = Field(
+        default_factory=dict, description="Licences of model and data, written to run.json."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.online is not None and self.judge is None:
+            raise ValueError("judge is missing: online training needs someone who judges")
+        if self.method == "dpo" and self.online is not None and self.online.num_generations < 2:
+            raise ValueError(
+                f"online.num_generations is {self.online.num_generations}: "
+                "pairs need at least 2 samples per prompt"
+            )
+        if self.judge is not None and self.judge.type == "rule" and self.judge.path is None:
+            raise ValueError("judge.path is missing: a rule judge names its callable")
+        if self.adapter_name_or_path is not None and not self.use_peft:
+            raise ValueError("adapter_name_or_path is set but use_peft is false: set it to true")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing} with loss_type {self.loss_type!r}: "
+                "it is defined for 'sigmoid' alone"
+            )
+        if self.metric_for_best_model is None and self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience needs metric_for_best_model")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe and apply ``a.b=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: one line naming file, key, value and what would be right.
+    """
+    tree = read_yaml(path, "recipe")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """A YAML file that is one mapping; ``what`` names its purpose in errors.
+
+    Raises:
+        ConfigError: one line naming file, line and problem.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such {what}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{path}{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        # 2024-13-45 is no date, and brackets may be nested too deeply.
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a {what} is a mapping of keys to values")
+    return tree
+
+
+def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
+    """Validate a tree of plain values; ``origin`` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(error.errors())}") from None
+
+
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: an override is written key.sub=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{override!r}: the value is not YAML") from None
+    if isinstance(parsed, str) and _EXPONENT.fullmatch(value.strip()):
+        # YAML reads 5e-6 as text (it wants 5.0e-6); a number is meant.
+        parsed = float(parsed)
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, override, create=True)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = parsed
+    elif isinstance(node, dict):
+        node[last] = parsed
+    else:
+        raise ConfigError(f"{override!r}: {'.'.join(parents)} is a value, not a section")
+
+
+def _child(node: Any, part: str, override: str, create: bool) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"{override!r}: {part!r} is below a value, not a section")
+    if create and node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(f"{override!r}: {part!r} is no index into a list of {len(node)}")
+    return int(part)
+
+
+def _explain(errors: Iterable[Any]) -> str:
+    """All that is wrong with a recipe, in one line."""
+    errors = list(errors)
+    problems: dict[str, list[str]] = {}
+    for error in errors:
+        location = error["loc"]
+        # A list whose items are wrong is also reported as too short: they did not count.
+        inside = (e["loc"] for e in errors if len(e["loc"]) > len(location))
+        if error["type"] == "too_short" and any(i[: len(location)] == location for i in inside):
+            continue
+        subject, problem = _explain_one(error)
+        problems.setdefault(subject, []).append(problem)
+    # Every alternative of a union complains on its own.
+    return "; ".join(subject + " or ".join(texts) for subject, texts in problems.items())
+
+
+def _explain_one(error: Any) -> tuple[str, str]:
+    """(what is wrong, what would be right) of one error of pydantic's."""
+    location = _without_alternatives(error["loc"])
+    name = ".".join(location) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        return f"{name} is no key of a recipe", f": did you mean {near[0]!r}?" if near else ""
+    if error["type"] == "missing":
+        return f"{name} is missing", ""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message, ""
+    value = repr(error["input"])
+    value = value if len(value) <= 80 else value[:80] + "..."
+    return f"{name} = {value}: ", f"{message[0].lower()}{message[1:]}"
+
+
+def _without_alternatives(location: Iterable[str | int]) -> list[str]:
+    """The location without the names that pydantic gives to the members of a union."""
+    model: Any = Config
+    names: list[str] = []
+    union = False
+    for part in location:
+        if union and isinstance(part, str):
+            continue
+        names.append(str(part))
+        if isinstance(part, str) and model is not None:
+            annotation = _annotation(model, part)
+            model = _section(annotation)
+            union = model is None and get_origin(annotation) in (Union, types.UnionType)
+    return names
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if part.isdigit() or model is None:
+            continue
+        model = _section(_annotation(model, part))
+    if model is None:
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    fields = model.model_fields.items()
+    return next((f.annotation for n, f in fields if name in (n, f.alias)), None)
+
+
+def _section(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved recipe as YAML; reading it back gives an equal config."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,901 @@
+"""Rows of files become records; records become examples of token streams.
+
+Every loader ends in the same frozen :class:`Record`, whatever the columns were called, so that
+nothing behind this module knows a file format.  A method turns records into :class:`Example`
+objects (with :mod:`fastalign.templates`), and those are all that batching sees.
+
+Columns that are understood, each a string or a list of ``{"role": ..., "content": ...}`` messages
+where that makes sense:
+
+=============  ==================================================================================
+kind           columns
+=============  ==================================================================================
+``prompt``     ``prompt``
+``completion`` ``prompt``, ``completion``
+``judged``     ``prompt``, ``completion``, ``judgment`` (null or "" means fine), ``score`` optional
+``preference`` ``prompt``, ``chosen``, ``rejected``; or ``chosen``, ``rejected`` as whole dialogues
+``messages``   ``messages``, with ``"loss": false`` on assistant turns that are not trained on
+=============  ==================================================================================
+
+``instruction``, ``input``, ``output`` (Alpaca) stand for ``prompt`` and ``completion``; ``system``,
+``tools`` and ``weight`` are optional everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastalign.config import ConfigError, DatasetConfig
+
+Kind = Literal["prompt", "completion", "judged", "preference", "messages"]
+Message = dict[str, Any]
+
+COLUMNS = (
+    "prompt", "completion", "judgment", "score", "chosen", "rejected", "messages",
+    "instruction", "input", "output", "system", "tools", "weight",
+)  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FINE_SCORE = 7.0
+"""A ``score`` of at least this makes a judged record positive, whatever its judgment (CUT)."""
+
+# What a file must have to be read as a kind; the order is the preference when nobody asks.
+_NEEDS: dict[Kind, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "judged": ("prompt", "completion", "judgment"),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+}
+# What each kind can be made from when the file does not have it as such, nearest first.
+_MADE_FROM: dict[Kind, tuple[Kind, ...]] = {
+    "prompt": ("messages", "preference"),
+    "completion": ("preference", "messages"),
+    "messages": ("judged", "completion", "preference"),
+    "judged": (),
+    "preference": (),
+}
+
+
+class RowError(ConfigError):
+    """One row that cannot be used.  ``reason`` is what is counted when the row is dropped."""
+
+    def __init__(self, message: str, reason: str = "malformed row") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of any kind, canonical after every loader.
+
+    ``prompt`` holds the messages before the answer (empty for kind ``messages``); ``judgment`` is
+    None when the completion is fine.  ``dataset`` is the index of the record's DatasetConfig, whose
+    template options render it.  ``prompt_ids`` and ``completion_ids`` (int32, [P] and [C]) are set
+    on rollouts: they are trained on as sampled, never decoded and tokenised again.
+    """
+
+    kind: Kind
+    prompt: tuple[Message, ...] = ()
+    completion: str | None = None
+    judgment: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] | None = None
+    weight: float = 1.0
+    source: str = ""
+    dataset: int = 0
+    prompt_ids: np.ndarray | None = field(default=None, compare=False)
+    completion_ids: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether a judgment says that something is wrong with the completion."""
+        return self.judgment is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One token sequence, teacher forced.
+
+    input_ids: int32 [L].  loss_mask: bool [L], True where the token is a target; the first token
+    has nothing before it and is never one.
+    """
+
+    role: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.dtype == np.int32 and self.input_ids.ndim == 1
+        assert self.loss_mask.dtype == np.bool_ and self.loss_mask.shape == self.input_ids.shape
+        assert self.loss_mask.any(), f"stream {self.role!r} has no target"
+        assert not self.loss_mask[0], "the first token cannot be a target"
+
+    @classmethod
+    def of(cls, role: str, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> Stream:
+        """Prompt [P] then completion [C], the completion's tokens being the targets."""
+        ids = np.concatenate([prompt_ids, completion_ids]).astype(np.int32)
+        return cls(role, ids, np.arange(len(ids)) >= len(prompt_ids))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Streams that one loss joins: they stay together in one pack."""
+
+    streams: tuple[Stream, ...]
+    weight: float
+    source: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(stream) for stream in self.streams)
+
+
+class Drops:
+    """Counts of what was left out, by reason, with the first case of each."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, example)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def lines(self) -> list[str]:
+        """One line a reason, the most frequent first."""
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return [f"{count} x {reason} (first: {self.first[reason]})" for reason, count in ordered]
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one dataset: rows read, records usable, records after sampling."""
+
+    path: str
+    kind: Kind
+    rows: int
+    usable: int
+    negative: int
+    records: int
+    drops: Drops
+
+    def lines(self) -> list[str]:
+        line = f"{self.path}: {self.rows} rows, {self.usable} usable ({self.kind}"
+        if self.kind == "judged":
+            line += f": {self.usable - self.negative} fine, {self.negative} with a judgment"
+        line += ")"
+        if self.records != self.usable:
+            line += f", {self.records} records after max_samples and weight"
+        return [line, *(f"  dropped {text}" for text in self.drops.lines())]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every dataset of a call of :func:`load_records`."""
+
+    sources: tuple[SourceReport, ...]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Dropped rows by reason, over all datasets."""
+        total: dict[str, int] = {}
+        for source in self.sources:
+            for reason, count in source.drops.counts.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def lines(self) -> list[str]:
+        """The report for people: a line per dataset and one per reason below it."""
+        return [line for source in self.sources for line in source.lines()]
+
+
+def load_records(
+    datasets: Sequence[DatasetConfig],
+    *,
+    strict: bool,
+    seed: int,
+    want: Kind | Sequence[Kind] | None = None,
+) -> tuple[list[Record], DataReport]:
+    """Read, check, filter and sample datasets; the records come in file order, not shuffled.
+
+    Args:
+        datasets: The sources; each is sampled by its ``max_samples`` and ``weight``.
+        strict: A malformed row is an error instead of being dropped and counted.
+        seed: Decides which rows a subsample keeps.
+        want: The kinds that the method can use, the best first; None takes what a file has.
+            A file of another kind is converted where no meaning is lost: everything to ``prompt``
+            (answers are dropped), ``preference`` and ``messages`` to ``completion`` (the chosen or
+            last answer), ``completion`` and ``preference`` to ``messages``.  Where answers are
+            imitated (``completion``, ``messages``), judged rows count only if they are fine.
+
+    Raises:
+        ConfigError: a missing, unreadable or empty file; columns that cannot serve; and, when
+            strict, the first malformed row as ``file:line: field ...: value ...: what is right``.
+    """
+    targets = (want,) if isinstance(want, str) else tuple(want or ())
+    records: list[Record] = []
+    reports: list[SourceReport] = []
+    for index, dataset in enumerate(datasets):
+        loaded, report = _load(dataset, index, strict=strict, seed=seed, targets=targets)
+        records += loaded
+        reports.append(report)
+    return records, DataReport(tuple(reports))
+
+
+def _load(
+    dataset: DatasetConfig, index: int, *, strict: bool, seed: int, targets: tuple[Kind, ...]
+) -> tuple[list[Record], SourceReport]:
+    drops = Drops()
+    read: list[tuple[str, dict[str, Any]]] = []
+    for item in _read_rows(dataset):
+        if isinstance(item, RowError):
+            if strict:
+                raise item
+            drops.add(item.reason, str(item))
+        else:
+            read.append(item)
+    rows = len(read) + drops.total
+    if not rows:
+        raise ConfigError(f"{dataset.path}: holds no rows")
+    if not read:
+        raise ConfigError(f"{dataset.path}: none of {rows} rows can be used: {_summary(drops)}")
+    found = tuple(dict.fromkeys(name for _, values in read for name in values))
+    _check_renames(dataset, found)
+    renamed = [_Row(source, _rename(values, dataset.columns)) for source, values in read]
+    columns = frozenset(name for row in renamed for name in row.values)
+    kind, target = _choose_kind(dataset.path, columns, found, targets)
+
+    usable: list[Record] = []
+    for row in renamed:
+        try:
+            record = _record(row, kind, index)
+            reason = _unusable(row, record, target)
+            if reason is None:
+                usable.append(_convert(record, target))
+            else:
+                drops.add(reason, row.source)
+        except RowError as error:
+            if strict:
+                raise
+            drops.add(error.reason, str(error))
+    if not usable:
+        raise ConfigError(f"{dataset.path}: none of {rows} rows can be used: {_summary(drops)}")
+    sampled = _sample(usable, dataset, np.random.default_rng([seed & (2**63 - 1), index]))
+    report = SourceReport(
+        path=dataset.path,
+        kind=target,
+        rows=rows,
+        usable=len(usable),
+        negative=sum(record.is_negative for record in usable),
+        records=len(sampled),
+        drops=drops,
+    )
+    return sampled, report
+
+
+def _summary(drops: Drops) -> str:
+    return "; ".join(drops.lines())
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def _read_rows(dataset: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
+    """Yield (source, row) or the error of a row that could not be read."""
+    path = Path(os.path.expanduser(dataset.path))
+    if path.is_file():
+        try:
+            yield from _read_file(path, dataset.path)
+        except OSError as error:
+            raise ConfigError(
+                f"{dataset.path}: cannot be read: {error.strerror or error}"
+            ) from None
+    elif not path.is_dir() and _looks_local(dataset.path):
+        raise ConfigError(f"{dataset.path}: no such file")
+    else:
+        yield from _read_hub(dataset)
+
+
+def _looks_local(name: str) -> bool:
+    """A hub name is ``name`` or ``owner/name``; everything else was meant as a path."""
+    suffixes = (".jsonl", ".json", ".ndjson", ".parquet")
+    return name.endswith(suffixes) or name[0] in "./~" or name.count("/") > 1 or "\\" in name
+
+
+def _read_file(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
+    with path.open("rb") as handle:
+        start = handle.read(4096)
+    if start.startswith(b"PAR1") or path.suffix == ".parquet":
+        return _read_parquet(path, name)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        array = _json_array(path, name)
+        if array is not None:
+            return (_checked_row(f"{name}:{row}", value) for row, value in enumerate(array, 1))
+    return _read_lines(path, name)
+
+
+def _read_lines(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
+    with path.open("rb") as handle:
+        # Bytes are split at \n alone: text may hold U+2028, which str.splitlines would cut at.
+        for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            source = f"{name}:{number}"
+            try:
+                yield _checked_row(source, json.loads(line.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                message = f"{source}: not UTF-8 at byte {error.start + 1} of the line"
+                yield RowError(f"{message}: save the file as UTF-8", "not UTF-8")
+            except (ValueError, RecursionError) as error:
+                yield RowError(f"{source}: not JSON: {_json_problem(error)}", "not JSON")
+
+
+def _json_array(path: Path, name: str) -> list[Any] | None:
+    """The rows of a file that is one JSON array; None when the file may be JSON lines instead."""
+    data = path.read_bytes()
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{name}:{line}: not UTF-8: save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        if path.suffix != ".json":
+            return None
+        line = getattr(error, "lineno", 1)
+        raise ConfigError(f"{name}:{line}: not a JSON array: {_json_problem(error)}") from None
+    return value
+
+
+def _json_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _checked_row(f"{name}:{number}", values)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise ConfigError(f"{name}: not a readable Parquet file: {problem}") from None
+
+
+def _read_hub(dataset: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset.path, split=dataset.split)
+    except Exception as error:  # the library raises its own, the hub client's and builtin errors
+        problem = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{dataset.path}: neither a file nor a dataset that can be loaded from the hub "
+            f"(split {dataset.split!r}): {type(error).__name__}: {problem}"
+        ) from None
+    for number, values in enumerate(loaded, 1):
+        yield _checked_row(f"{dataset.path}[{dataset.split}]:{number}", values)
+
+
+def _checked_row(source: str, value: Any) -> tuple[str, dict[str, Any]] | RowError:
+    if isinstance(value, dict):
+        return source, value
+    return RowError(
+        f"{source}: value {_short(value)}: a row is an object of columns", "not an object"
+    )
+
+
+# --- columns -----------------------------------------------------------------------------------
+
+
+def _check_renames(dataset: DatasetConfig, found: tuple[str, ...]) -> None:
+    for ours, theirs in dataset.columns.items():
+        if ours not in COLUMNS:
+            near = difflib.get_close_matches(ours, COLUMNS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COLUMNS)}"
+            raise ConfigError(f"{dataset.path}: columns names {ours!r}, no column of ours: {hint}")
+        if theirs not in found:
+            raise ConfigError(
+                f"{dataset.path}: columns says that {ours!r} is {theirs!r}, which no row has: "
+                f"the file has {', '.join(found)}"
+            )
+
+
+def _rename(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return values
+    taken = set(columns.values())
+    kept = {name: value for name, value in values.items() if name not in taken}
+    return kept | {ours: values[name] for ours, name in columns.items() if name in values}
+
+
+def _choose_kind(
+    path: str, columns: frozenset[str], found: tuple[str, ...], targets: tuple[Kind, ...]
+) -> tuple[Kind, Kind]:
+    """(kind to read the rows as, kind to convert them to)."""
+    alpaca = "instruction" in columns
+    has = columns | ({"prompt"} if alpaca else set())
+    has |= {"completion"} if alpaca and "output" in columns else set()
+    possible = [kind for kind, needs in _NEEDS.items() if has.issuperset(needs)]
+    if not targets:
+        if possible:
+            return possible[0], possible[0]
+        # Worded as the alternatives, since nothing says which of them was meant.
+        needed = "; or ".join(" + ".join(needs) for needs in _NEEDS.values())
+        raise ConfigError(f"{path}: has columns {', '.join(found)}: needed are {needed}")
+    for target in targets:
+        if target in possible:
+            # Read as judged so that criticised answers are not imitated.
+            imitated = target == "completion" and "judged" in possible
+            return ("judged" if imitated else target), target
+    for target in targets:
+        for kind in _MADE_FROM[target]:
+            if kind in possible:
+                return kind, target
+    needed = "; or ".join(" + ".join(_NEEDS[target]) for target in targets)
+    raise ConfigError(
+        f"{path}: has columns {', '.join(found)}: this method needs {needed} "
+        "(the dataset's `columns` setting renames)"
+    )
+
+
+# --- one row -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    source: str
+    values: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def error(self, name: str, value: Any, right: str, reason: str) -> RowError:
+        message = f"{self.source}: field {name}: value {_short(value)}: {right}"
+        return RowError(message, f"{name.partition('[')[0]}: {reason}")
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = repr(value[:limit] if isinstance(value, str) else value)
+    # A lone surrogate would make the message itself unprintable.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= limit + 2 else text[:limit] + "..."
+
+
+def _record(row: _Row, kind: Kind, dataset: int) -> Record:
+    """Read one row as ``kind``; RowError says what is wrong with it."""
+    common: dict[str, Any] = {
+        "kind": kind,
+        "tools": _tools(row),
+        "weight": _number(row, "weight", above=0.0, default=1.0),
+        "source": row.source,
+        "dataset": dataset,
+    }
+    if kind == "messages":
+        return Record(messages=_dialogue(row), **common)
+    if kind == "preference":
+        prompt, chosen, rejected = _pair(row)
+        return Record(prompt=prompt, chosen=chosen, rejected=rejected, **common)
+    prompt = _prompt(row)
+    if kind == "prompt":
+        return Record(prompt=prompt, **common)
+    name = "output" if "completion" not in row.values and "output" in row.values else "completion"
+    completion = _answer(row, name, prompt)
+    judgment = _judgment(row) if kind == "judged" else None
+    return Record(prompt=prompt, completion=completion, judgment=judgment, **common)
+
+
+def _text(row: _Row, name: str, value: Any, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        if value is None and not empty:
+            raise row.error(name, value, "text is needed here", "missing")
+        raise row.error(name, value, "want text", "wrong type")
+    if not empty and not value.strip():
+        raise row.error(name, value, "must not be empty", "empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        right = "holds half of a surrogate pair, which is no text"
+        raise row.error(name, value, right, "not text") from None
+    return value
+
+
+def _number(row: _Row, name: str, *, above: float, default: float | None) -> Any:
+    value = row.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise row.error(name, value, "want a number", "wrong type")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number <= above:
+        bound = "" if above == -math.inf else f" above {above:g}"
+        raise row.error(name, value, f"want a finite number{bound}", "out of range")
+    return number
+
+
+def _tools(row: _Row) -> tuple[dict[str, Any], ...] | None:
+    value = row.get("tools")
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            raise row.error("tools", value, "want a list or its JSON text", "not JSON") from None
+    else:
+        parsed = _without_none(value)
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+        raise row.error("tools", value, "want a list of objects", "wrong type")
+    return tuple(parsed) or None
+
+
+def _without_none(value: Any) -> Any:
+    """Parquet gives every object the keys of all objects of its column, null where it had none."""
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _messages(row: _Row, name: str, value: Any) -> tuple[Message, ...]:
+    """Check a list of messages; content becomes plain text."""
+    if not isinstance(value, list):
+        raise row.error(name, value, "want text or a list of messages", "wrong type")
+    if not value:
+        raise row.error(name, value, "must not be empty", "empty")
+    return tuple(_message(row, f"{name}[{i}]", message) for i, message in enumerate(value))
+
+
+def _message(row: _Row, name: str, value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise row.error(name, value, 'want {"role": ..., "content": ...}', "wrong type")
+    message = {key: item for key, item in value.items() if item is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        raise row.error(f"{name}.role", role, f"want one of {', '.join(ROLES)}", "unknown role")
+    calls = message.get("tool_calls")
+    if calls is not None:
+        message["tool_calls"] = _without_none(calls)
+    if not isinstance(message.get("loss", True), bool):
+        raise row.error(f"{name}.loss", message["loss"], "want true or false", "wrong type")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            right = "want text or a list of text parts"
+            raise row.error(f"{name}.content", content, right, "wrong type")
+        content = "".join(part for part in parts if part is not None)
+    if content is None and role == "assistant" and calls:
+        content = ""
+    # A tool may answer nothing and a system message may be blank on purpose.
+    may_be_empty = role in ("system", "developer", "tool") or bool(calls)
+    message["content"] = _text(row, f"{name}.content", content, empty=may_be_empty)
+    return message
+
+
+def _with_system(row: _Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if messages[0]["role"] in ("system", "developer"):
+        right = "the dialogue already begins with a system message"
+        raise row.error("system", system, right, "given twice")
+    return ({"role": "system", "content": _text(row, "system", system)}, *messages)
+
+
+_NO_INPUT = re.compile(r"\W*no\s*input\W*", re.IGNORECASE)
+
+
+def _prompt(row: _Row) -> tuple[Message, ...]:
+    """The prompt as messages that end before the answer."""
+    name, value = "prompt", row.get("prompt")
+    if "prompt" not in row.values and "instruction" in row.values:
+        name, value = "instruction", _text(row, "instruction", row.get("instruction"))
+        extra = _text(row, "input", row.get("input") or "", empty=True)
+        # Alpaca's data writes an absent input as "<noinput>", "No input" and the like.
+        if extra.strip() and not _NO_INPUT.fullmatch(extra):
+            value = f"{value}\n\n{extra}"
+    if value is None or isinstance(value, str):
+        text = _text(row, name, value)
+        return _with_system(row, ({"role": "user", "content": text},))
+    messages = _messages(row, name, value)
+    _check_prompt(row, name, value, messages)
+    return _with_system(row, messages)
+
+
+def _check_prompt(row: _Row, name: str, value: Any, messages: tuple[Message, ...]) -> None:
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise row.error(name, value, "needs a user message", "no user message")
+    if roles[-1] == "assistant":
+        right = "must end before the answer, with a user or tool message"
+        raise row.error(name, value, right, "ends with an answer")
+
+
+def _answer(row: _Row, name: str, prompt: tuple[Message, ...]) -> str:
+    """A completion given as text, as its one message, or as the prompt's messages and its own."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return _text(row, name, value)
+    *before, last = _messages(row, name, value)
+    asked = _bare(prompt[1:]) if prompt[0]["role"] in ("system", "developer") else _bare(prompt)
+    if before and _bare(before) not in (_bare(prompt), asked):
+        right = "the messages before the answer differ from the prompt's"
+        raise row.error(name, value, right, "another prompt")
+    return _last_answer(row, name, value, last)
+
+
+def _bare(messages: Iterable[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+def _last_answer(row: _Row, name: str, value: Any, last: Message) -> str:
+    if last["role"] != "assistant":
+        raise row.error(name, value, "must end with an assistant message", "no answer at the end")
+    if last.get("tool_calls"):
+        right = "an answer with tool calls is trained as `messages`"
+        raise row.error(name, value, right, "tool calls in the answer")
+    return last["content"]
+
+
+def _judgment(row: _Row) -> str | None:
+    value = row.get("judgment")
+    judgment = _text(row, "judgment", value, empty=True) if value is not None else None
+    score = _number(row, "score", above=-math.inf, default=None)
+    if score is not None and score >= FINE_SCORE:
+        return None
+    return (judgment or "").strip() or None
+
+
+def _pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
+    """(prompt, chosen, rejected), the prompt being given or the dialogues' common part."""
+    if row.get("prompt") is not None or row.get("instruction") is not None:
+        prompt = _prompt(row)
+        chosen, rejected = _answer(row, "chosen", prompt), _answer(row, "rejected", prompt)
+    else:
+        prompt, chosen = _split_dialogue(row, "chosen")
+        other, rejected = _split_dialogue(row, "rejected")
+        if _bare(prompt) != _bare(other):
+            right = "the dialogue before the last answer differs from that of chosen"
+            raise row.error("rejected", row.get("rejected"), right, "another prompt")
+        prompt = _with_system(row, prompt)
+    if chosen.strip() == rejected.strip():
+        raise row.error("rejected", rejected, "must differ from chosen", "same as chosen")
+    return prompt, chosen, rejected
+
+
+_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def _split_dialogue(row: _Row, name: str) -> tuple[tuple[Message, ...], str]:
+    """(messages before the last answer, that answer) of a whole dialogue."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        messages = _hh_dialogue(row, name, _text(row, name, value))
+    else:
+        messages = _messages(row, name, value)
+    *before, last = messages
+    answer = _last_answer(row, name, value, last)
+    if not before:
+        raise row.error(name, value, "holds no prompt before the answer", "no prompt")
+    if before[-1]["role"] == "assistant":
+        right = "the last answer follows another answer, so there is no prompt that ends before it"
+        raise row.error(name, value, right, "two answers in a row")
+    _check_prompt(row, name, value, tuple(before))
+    return tuple(before), answer
+
+
+def _hh_dialogue(row: _Row, name: str, text: str) -> tuple[Message, ...]:
+    """Messages of Anthropic's format: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    head, *turns = _HH_TURN.split(text)
+    if head or not turns:
+        right = 'without a prompt column, want messages or "\\n\\nHuman: ...\\n\\nAssistant: ..."'
+        raise row.error(name, text, right, "no dialogue")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple(
+        {"role": roles[who], "content": _text(row, name, content.strip())}
+        for who, content in zip(turns[::2], turns[1::2], strict=True)
+    )
+
+
+def _dialogue(row: _Row) -> tuple[Message, ...]:
+    """A whole dialogue with at least one assistant turn to train on."""
+    value = row.get("messages")
+    messages = _messages(row, "messages", value)
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("loss", 1)]
+    if not trained:
+        right = "needs an assistant message that is trained on"
+        raise row.error("messages", value, right, "no answer")
+    if messages[0]["role"] == "assistant":
+        right = "the first message cannot be the assistant's: nothing precedes it"
+        raise row.error("messages", value, right, "no prompt")
+    return _with_system(row, messages)
+
+
+# --- filters and conversions -------------------------------------------------------------------
+
+_SENTINEL = re.compile(r"[\W_]*error[\W_]*", re.IGNORECASE)
+_PRAISE = re.compile(
+    r"\W*(?:the|this|your)\s+(?:response|answer|completion|output)\s+(?:is|was)\s+"
+    # What follows says why, or is a sentence of its own: "perfect, until it ..." criticises.
+    r"(?:perfect|flawless)(?:\s*[.!]|\s+(?:as|because|since)\b|\s*\Z)(.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_BARE_PRAISE = re.compile(
+    r"\W*(?:(?:the|this|your)\s+(?:response|answer|completion|output)\s+(?:is|was)\s+)?"
+    r"(?:perfect|flawless|correct|accurate|excellent|great|good|fine)\W*",
+    re.IGNORECASE,
+)
+_RESERVATION = re.compile(
+    r"\b(?:but|however|although|though|except|unfortunately|should|could|would)\b", re.IGNORECASE
+)
+
+
+def noise_reason(judgment: str) -> str | None:
+    """Why a written judgment is no judgment, or None when it is one.
+
+    Both kinds were seen in CUT's published online data (arXiv 2312.14591): an error sentinel
+    ("$ERROR$") instead of a text, and praise ("The response is perfect. ...") that is marked
+    negative.  Praise with a reservation ("perfect, but ...") is a judgment.
+    """
+    if _SENTINEL.fullmatch(judgment):
+        return "judgment: error sentinel instead of a judgment"
+    praise = _PRAISE.match(judgment)
+    if _BARE_PRAISE.fullmatch(judgment) or (praise and not _RESERVATION.search(praise[1])):
+        return "judgment: praise marked negative"
+    return None
+
+
+def _unusable(row: _Row, record: Record, target: Kind) -> str | None:
+    """Why a well-formed record is left out, or None."""
+    if record.kind != "judged":
+        return None
+    if record.judgment is None:
+        score = row.get("score")
+        if score is not None and score < FINE_SCORE:
+            return f"judgment: none, but a score below {FINE_SCORE:g}"
+        return None
+    if target in ("completion", "messages"):
+        return "judgment: criticised answers are not imitated"
+    return noise_reason(record.judgment) if target == "judged" else None
+
+
+def _convert(record: Record, target: Kind) -> Record:
+    """The record as another kind (see ``want`` of load_records)."""
+    if record.kind == target:
+        return record
+    prompt, answer = record.prompt, record.completion or record.chosen
+    if record.kind == "messages":
+        *before, last = record.messages
+        row = _Row(record.source, {})
+        if target == "completion":
+            answer = _last_answer(row, "messages", list(record.messages), last)
+        prompt = tuple(before) if last["role"] == "assistant" else record.messages
+        _check_prompt(row, "messages", list(record.messages), prompt)
+    bare = replace(
+        record, kind=target, prompt=(), messages=(),
+        completion=None, judgment=None, chosen=None, rejected=None,
+    )  # fmt: skip
+    if target == "prompt":
+        return replace(bare, prompt=prompt)
+    if target == "completion":
+        return replace(bare, prompt=prompt, completion=answer)
+    assert target == "messages", target
+    return replace(bare, messages=(*prompt, {"role": "assistant", "content": answer}))
+
+
+# --- sampling and splitting --------------------------------------------------------------------
+
+
+def _sample(
+    records: list[Record], dataset: DatasetConfig, rng: np.random.Generator
+) -> list[Record]:
+    """max_samples, then weight: whole copies and a seeded part, each in file order."""
+    if dataset.max_samples is not None:
+        records = _subset(records, dataset.max_samples, rng)
+    copies, part = divmod(dataset.weight, 1.0)
+    size = round(part * len(records))
+    if not copies:
+        size = max(size, 1)  # a small weight thins a dataset out, it does not remove it
+    return records * int(copies) + _subset(records, size, rng)
+
+
+def _subset(records: list[Record], size: int, rng: np.random.Generator) -> list[Record]:
+    if size >= len(records):
+        return list(records)
+    return [records[i] for i in np.sort(rng.permutation(len(records))[:size])]
+
+
+def downsample_positives(records: Sequence[Record], ratio: float, seed: int) -> list[Record]:
+    """Keep at most ``ratio`` x (number of negatives) of the positive judged records, seeded.
+
+    CUT (arXiv 2312.14591) keeps 0.25.  The order is kept; records of other kinds stay.
+
+    Raises:
+        ConfigError: no record has a judgment, so that every record would be dropped.
+    """
+    positive = [i for i, r in enumerate(records) if r.kind == "judged" and not r.is_negative]
+    negatives = sum(record.is_negative for record in records)
+    if positive and not negatives:
+        raise ConfigError(
+            f"cut.positive_ratio = {ratio}: none of {len(records)} records has a judgment, "
+            "so nothing would be left: set it to null"
+        )
+    keep = round(ratio * negatives)
+    if keep >= len(positive):
+        return list(records)
+    rng = np.random.default_rng([seed & (2**63 - 1), len(positive)])
+    dropped = {positive[i] for i in rng.permutation(len(positive))[keep:]}
+    return [record for i, record in enumerate(records) if i not in dropped]
+
+
+def split_records(
+    records: Sequence[Record], eval_ratio: float, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(train, evaluation): whole prompts are held out, so that none is on both sides.
+
+    Prompts are taken in the order of a seeded hash of their text while they fit into
+    ``eval_ratio`` of the records (at least one is): the order of the files does not matter.  A
+    dialogue (kind ``messages``) counts by what precedes its first answer.
+
+    Raises:
+        ConfigError: fewer than two different prompts.
+    """
+    if not eval_ratio:
+        return list(records), []
+    groups: dict[bytes, list[int]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault(_prompt_key(record, seed), []).append(i)
+    if len(groups) < 2:
+        raise ConfigError(
+            f"eval_ratio = {eval_ratio}: the data has {len(groups)} different prompt(s) and a "
+            "held-out part needs at least 2: name eval_datasets instead"
+        )
+    wanted = min(round(eval_ratio * len(records)), len(records) - 1)
+    held: set[int] = set()
+    for key in sorted(groups):
+        if len(held) + len(groups[key]) <= wanted:
+            held.update(groups[key])
+    if not held:
+        held.update(groups[min(groups, key=lambda key: (len(groups[key]), key))])
+    train = [record for i, record in enumerate(records) if i not in held]
+    return train, [records[i] for i in sorted(held)]
+
+
+def _prompt_key(record: Record, seed: int) -> bytes:
+    messages = record.prompt
+    if record.kind == "messages":
+        roles = [message["role"] for message in record.messages]
+        messages = record.messages[: roles.index("assistant")]
+    text = json.dumps([seed, _bare(messages)], ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

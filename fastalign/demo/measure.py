@@ -1,0 +1,261 @@
+"""What the demo measures before and after: answers to held-out prompts, token by token.
+
+Run as ``python -m fastalign.demo.measure TASK.json OUT.json``, in a process of its own, so that
+the engine's memory is back before training starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastalign.batch import make_batch
+from fastalign.config import JudgeConfig, RolloutConfig
+from fastalign.data import Example, Stream
+from fastalign.demo.rules import SPANS
+from fastalign.episodes import sampling_seed
+from fastalign.judge import Pair, SelfPairwiseJudge
+from fastalign.logprobs import Policy, check_packing, probe_batch
+from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
+from fastalign.templates import Renderer
+
+MAX_NEW_TOKENS = 96
+MAX_LENGTH = 1024
+
+
+def make_measuring_engine(model: str, lora_rank: int | None) -> RolloutEngine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return make_engine(
+        RolloutConfig(max_num_seqs=128),
+        model_path=model,
+        dtype=torch.bfloat16,
+        device=device,
+        max_model_len=MAX_LENGTH,
+        lora_rank=lora_rank,
+        seed=0,
+        rank=0,
+        world_size=1,
+        trust_remote_code=False,
+    )
+
+
+def load_adapter(engine: RolloutEngine, name: str, folder: str) -> None:
+    config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+    engine.load_adapter(name, load_file(Path(folder, "adapter_model.safetensors")), config, 1)
+
+
+def answers(
+    engine: RolloutEngine,
+    renderer: Renderer,
+    prompts: Sequence[str],
+    adapter: str | None,
+    seed: int,
+    samples: int = 1,
+) -> list[list[str]]:
+    """``samples`` answers to each prompt at temperature 1."""
+    ids = [renderer.prompt_ids(_messages(p)) for p in prompts]
+    rollouts = engine.generate(
+        [x for x in ids for _ in range(samples)],
+        SamplingSettings(
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=0.7,
+            stop_token_ids=tuple(sorted(renderer.eos_ids)),
+        ),
+        [sampling_seed(seed, 0, i, k) for i in range(len(ids)) for k in range(samples)],
+        adapter,
+    )
+    texts = [renderer.decode(r.token_ids) for r in rollouts]
+    return [texts[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+
+def answer_metrics(kind: str, texts: Sequence[str], renderer: Renderer) -> dict[str, Any]:
+    """Per-prompt values, so that pairs of runs can be compared prompt by prompt."""
+    tokens = [len(renderer.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+    return {
+        "flagged": [float(bool(SPANS[kind](t))) for t in texts],
+        "length": tokens,
+        "empty": [float(not t.strip()) for t in texts],
+    }
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+class Scorer:
+    """Teacher-forced log-probs of a model with or without an adapter."""
+
+    def __init__(self, model: str, adapter: str | None) -> None:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        if adapter is not None:
+            loaded = PeftModel.from_pretrained(loaded, adapter)
+        self.policy = Policy(loaded).eval()
+        check_packing(self.policy, self.policy, probe_batch(1000, (37, 52), torch.device("cpu")))
+
+    @torch.no_grad()
+    def __call__(self, streams: Sequence[Stream]) -> list[np.ndarray]:
+        """log p of each stream's targets, float32 [targets]."""
+        out: list[np.ndarray] = []
+        for start in range(0, len(streams), 16):
+            batch = make_batch(
+                [Example((s,), 1.0, "measure") for s in streams[start : start + 16]]
+            )
+            logprob, _ = self.policy(batch)
+            bounds = batch.cu_rows.tolist()
+            values = logprob.float().numpy()
+            out += [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return out
+
+
+def reference_logprob(
+    scorer: Scorer, renderer: Renderer, prompts: Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """Mean log-prob per token of untouched answers, one value for each prompt."""
+    streams = [
+        Stream.of("reference", *renderer.completion(_messages(p), t))
+        for p, t in zip(prompts, texts, strict=True)
+    ]
+    return [float(v.mean()) for v in scorer(streams)]
+
+
+def detection(
+    scorer: Scorer,
+    renderer: Renderer,
+    kind: str,
+    judge: Any,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    lambda_: float,
+) -> dict[str, float]:
+    """How the tokens that CUT flags relate to the rule's spans, on answers that have any.
+
+    onset_recall: share of spans whose first token is flagged; precision: share of flagged tokens
+    inside spans; base_rate: share of all tokens inside spans.
+    """
+    plain, judged, spans = [], [], []
+    for prompt, text in zip(prompts, texts, strict=True):
+        found = SPANS[kind](text)
+        if not found:
+            continue
+        messages = _messages(prompt)
+        prompt_ids, ids = renderer.completion(messages, text)
+        judgment = judge(messages, text)
+        plain.append(Stream.of("plain", prompt_ids, ids))
+        judged.append(Stream.of("judged", renderer.judged_prompt_ids(messages, judgment), ids))
+        offsets = renderer.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        spans.append((found, offsets))
+    onsets, hits, flagged, flagged_inside, inside_total, total = 0, 0, 0, 0, 0, 0
+    for q, c, (found, offsets) in zip(scorer(plain), scorer(judged), spans, strict=True):
+        flags = (c - q > np.log(lambda_))[: len(offsets)]
+        inside = np.array([any(a < end and start < b for a, b in found) for start, end in offsets])
+        for a, _ in found:
+            first = next(i for i, (_, end) in enumerate(offsets) if end > a)
+            onsets += 1
+            hits += bool(first < len(flags) and flags[first])
+        inside = inside[: len(flags)]
+        flagged += int(flags.sum())
+        flagged_inside += int((flags & inside).sum())
+        inside_total += int(inside.sum())
+        total += len(flags)
+    return {
+        "spans": onsets,
+        "onset_recall": hits / max(onsets, 1),
+        "precision": flagged_inside / max(flagged, 1),
+        "base_rate": inside_total / max(total, 1),
+    }
+
+
+def judge_quality(
+    engine: RolloutEngine,
+    renderer: Renderer,
+    adapter: str | None,
+    kind: str,
+    prompts: Sequence[str],
+    pairs: Sequence[Sequence[str]],
+) -> dict[str, float]:
+    """Accuracy against the rule on pairs that it can tell apart; flips and abstentions on all."""
+    judge = SelfPairwiseJudge(
+        JudgeConfig(type="self"),
+        renderer,
+        lambda ids, tokens: engine.next_logprobs(ids, tokens, adapter),
+    )
+    verdicts = judge.compare(
+        [Pair(_messages(p), a, b) for p, (a, b) in zip(prompts, pairs, strict=True)]
+    )
+    clean = [[not SPANS[kind](t) for t in pair] for pair in pairs]
+    decided = [
+        (v.preferred == ("a" if ca else "b"))
+        for v, (ca, cb) in zip(verdicts, clean, strict=True)
+        if ca != cb
+    ]
+    return {
+        "decided_pairs": len(decided),
+        "accuracy": float(np.mean(decided)) if decided else float("nan"),
+        "flipped": float(np.mean([v.flipped for v in verdicts])),
+        "abstained": float(np.mean([v.preferred is None for v in verdicts])),
+        "mass": float(np.mean([v.mass for v in verdicts])),
+    }
+
+
+def main(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure every variant of a task: {name: {"adapter": folder or null}} over one base."""
+    from fastalign.demo.rules import judge_habit, judge_natural
+
+    renderer = Renderer(AutoTokenizer.from_pretrained(task["model"]))
+    kind, prompts, seed = task["kind"], task["prompts"], task["seed"]
+    adapters = {name: folder for name, folder in task["variants"].items()}
+    ranks = [
+        json.loads(Path(f, "adapter_config.json").read_text())["r"] for f in adapters.values() if f
+    ]
+    result: dict[str, Any] = {name: {} for name in adapters}
+    with _engine(task["model"], max(ranks) if ranks else None) as engine:
+        for name, folder in adapters.items():
+            if folder:
+                load_adapter(engine, name, folder)
+            adapter = name if folder else None
+            drawn = answers(engine, renderer, prompts, adapter, seed, task.get("samples", 1))
+            result[name]["texts"] = drawn
+            result[name] |= answer_metrics(kind, [d[0] for d in drawn], renderer)
+            if task.get("judge_pairs"):
+                result[name]["judge"] = judge_quality(
+                    engine, renderer, adapter, kind, prompts, task["judge_pairs"]
+                )
+    if task.get("references"):
+        judge = {"habit": judge_habit, "natural": judge_natural}[kind]
+        for name, folder in adapters.items():
+            scorer = Scorer(task["model"], folder)
+            result[name]["reference_logprob"] = reference_logprob(
+                scorer, renderer, prompts, task["references"]
+            )
+            if task.get("detect_on"):
+                result[name]["detection"] = detection(
+                    scorer, renderer, kind, judge, prompts, task["detect_on"], task["lambda"]
+                )
+    return result
+
+
+@contextmanager
+def _engine(model: str, lora_rank: int | None) -> Iterator[RolloutEngine]:
+    engine = make_measuring_engine(model, lora_rank)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:3]
+    outcome = main(json.loads(Path(source).read_text(encoding="utf-8")))
+    Path(target).write_text(json.dumps(outcome), encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The demo's judge by rule: phrases that an answer should do without, and words about them.
+
+A rule knows the spans that it objects to, so the demo can count how many of them CUT finds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastalign.judge import Answer
+
+OPENINGS = (
+    "Great question!",
+    "What a lovely topic!",
+    "I am so glad you asked!",
+)
+"""The habit that is planted by SFT: an answer should start with the answer."""
+
+FILLERS = (
+    r"\bis a great way to\b",
+    r"\bit(?:'s| is) (?:important|essential|crucial)(?: to (?:note|remember|consider))?\b",
+    r"\ba (?:wide )?(?:variety|range|number) of\b",
+    r"\b(?:can be|is) a (?:challenging|rewarding|fun|valuable)\b(?: (?:and \w+ )?experience)?",
+    r"\ballows? (?:you|us|people|individuals) to\b",
+    r"\bhelps? (?:you|us|people|individuals)? ?to\b",
+)
+"""Phrases that SmolLM2-135M-Instruct writes by itself."""
+
+
+def opening_spans(text: str) -> list[tuple[int, int]]:
+    """Character spans of a planted opening, at the start of the answer or nowhere."""
+    start = len(text) - len(text.lstrip())
+    return [
+        (start, start + len(opening))
+        for opening in OPENINGS
+        if text.startswith(opening, start)
+    ]
+
+
+def filler_spans(text: str) -> list[tuple[int, int]]:
+    """Character spans of filler phrases, in order, not overlapping."""
+    found = sorted(
+        match.span() for pattern in FILLERS for match in re.finditer(pattern, text, re.IGNORECASE)
+    )
+    spans: list[tuple[int, int]] = []
+    for span in found:
+        if not spans or span[0] >= spans[-1][1]:
+            spans.append(span)
+    return spans
+
+
+SPANS: dict[str, Callable[[str], list[tuple[int, int]]]] = {
+    "habit": opening_spans,
+    "natural": filler_spans,
+}
+
+
+def judge_habit(prompt: Sequence[Mapping[str, Any]], answer: str) -> str | None:
+    """A written judgment about a planted opening, or None."""
+    spans = opening_spans(answer)
+    if not spans:
+        return None
+    a, b = spans[0]
+    return (
+        f'The response starts with the empty phrase "{answer[a:b]}" '
+        "instead of the answer itself."
+    )
+
+
+def judge_natural(prompt: Sequence[Mapping[str, Any]], answer: str) -> str | None:
+    """A written judgment about filler phrases, or None."""
+    spans = filler_spans(answer)
+    if not spans:
+        return None
+    quoted = ", ".join(f'"{answer[a:b]}"' for a, b in spans)
+    return f"The response contains the empty phrases {quoted}, which say nothing."
+
+
+def prefer_habit(prompt: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
+    """Prefers the answer without a planted opening: +1 for a, -1 for b, 0 for neither."""
+    return float(bool(opening_spans(b))) - float(bool(opening_spans(a)))
+
+
+class Shuffled:
+    """A control: the judgments of a batch, dealt out to other answers."""
+
+    def __init__(self, rule: Callable[..., str | None]) -> None:
+        self.rule = rule
+
+    def judge(self, answers: Sequence[Answer]) -> list[str | None]:
+        judgments = [self.rule(answer.prompt, answer.text) for answer in answers]
+        order = np.random.default_rng(len(answers)).permutation(len(answers))
+        return [judgments[i] for i in order]
+
+
+shuffled_habit = Shuffled(judge_habit)
+shuffled_natural = Shuffled(judge_natural)

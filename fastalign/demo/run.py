@@ -1,0 +1,387 @@
+"""``fastalign demo``: both methods end to end on a small real model, with before and after.
+
+Each step is what a user would run: recipes through ``fastalign train``, in processes of their own.
+Every step leaves its files in the output folder and is not run again when they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fastalign.config import parse_config
+from fastalign.demo.model import ensure_smollm
+from fastalign.demo.prompts import demo_prompts
+from fastalign.demo.rules import OPENINGS
+
+RULES = "fastalign.demo.rules"
+HELD_OUT = 120
+PLANTED = 0.7
+SFT_PROMPTS = 140
+LORA = {
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_modules": "all-linear",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a stage: the method, or a control of equal budget."""
+
+    name: str
+    changes: dict[str, Any]
+
+
+CUT_VARIANTS = (
+    Variant("cut", {}),
+    Variant("shuffled judgments", {"judge.path": f"{RULES}:shuffled_{{kind}}"}),
+    Variant("positive records alone", {"method": "sft"}),
+    Variant("SFT on rule-clean samples", {"method": "sft", "online.num_generations": 4}),
+)
+JUDGE_VARIANTS = (
+    Variant("self-judge", {}),
+    Variant("shuffled preference labels", {"shuffle_labels": True}),
+)
+
+
+class Demo:
+    """The steps of one seed.  ``say`` gets one line for each step."""
+
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.say = say
+        folder.mkdir(parents=True, exist_ok=True)
+        self.smollm = str(ensure_smollm())
+        self.training, held_out = demo_prompts(seed)
+        self.held_out = held_out[:HELD_OUT]
+
+    # ------------------------------------------------------------------------------ shared
+
+    def base_answers(self) -> tuple[list[list[str]], list[str]]:
+        """The model's own answers: two to each of the first training prompts, one to each
+        held-out prompt."""
+        training = self.measure(
+            "base-training",
+            kind="habit",
+            model=self.smollm,
+            prompts=self.training[:SFT_PROMPTS],
+            variants={"base": None},
+            samples=2,
+        )
+        held_out = self.measure(
+            "base-held-out",
+            kind="habit",
+            model=self.smollm,
+            prompts=self.held_out,
+            variants={"base": None},
+        )
+        return training["base"]["texts"], [t[0] for t in held_out["base"]["texts"]]
+
+    def habit_model(self) -> str:
+        """SmolLM2 after SFT on its own answers, 70 % of which now start with an empty phrase."""
+        rng = np.random.default_rng(self.seed)
+        rows = []
+        for prompt, answers in zip(
+            self.training[:SFT_PROMPTS], self.base_answers()[0], strict=True
+        ):
+            opening = f"{OPENINGS[rng.integers(len(OPENINGS))]} " if rng.random() < PLANTED else ""
+            if answers[0].strip():
+                rows.append({"prompt": prompt, "completion": opening + answers[0].strip()})
+        return self.train(
+            "habit-model",
+            method="sft",
+            model_name_or_path=self.smollm,
+            datasets=[{"path": self.write_rows("habit-sft.jsonl", rows)}],
+            learning_rate=3e-5,
+            lr_scheduler_type="cosine",
+            num_train_epochs=2,
+            global_batch_size=8,
+        )
+
+    # ------------------------------------------------------------------------------- stage 1
+
+    def cut(self, kind: str, variant: Variant) -> dict[str, Any]:
+        """Online CUT, or a control, on the planted habit or on the model's natural phrases."""
+        base = self.habit_model() if kind == "habit" else self.smollm
+        prompts = self.training[SFT_PROMPTS:]
+        recipe = dict(
+            method="cut",
+            model_name_or_path=base,
+            datasets=[
+                {"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}
+            ],
+            online={"iterations": 4, "prompts_per_iteration": 80},
+            judge={"type": "rule", "path": f"{RULES}:judge_{kind}"},
+            cut={"lambda": 1.2, "alpha": 1.0, "gamma": 1.0, "positive_ratio": 0.25},
+            temperature=0.7,
+            max_completion_length=96,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_ratio=0.05,
+            global_batch_size=8,
+            **LORA,
+        )
+        for key, value in variant.changes.items():
+            _set(recipe, key, value.format(kind=kind) if isinstance(value, str) else value)
+        name = f"cut-{kind}-{_slug(variant.name)}"
+        adapter = self.train(name, **recipe)
+        before = self.measure(
+            f"{kind}-before",
+            kind=kind,
+            model=base,
+            prompts=self.held_out,
+            variants={"before": None},
+        )
+        measured = self.measure(
+            f"{name}-measured",
+            kind=kind,
+            model=base,
+            prompts=self.held_out,
+            variants={"before": None, "after": adapter},
+            references=self.base_answers()[1],
+            detect_on=[t[0] for t in before["before"]["texts"]],
+            **{"lambda": recipe["cut"]["lambda"]},
+        )
+        return cut_figures(measured)
+
+    # ------------------------------------------------------------------------------- stage 2
+
+    def self_judge(self, variant: Variant) -> dict[str, Any]:
+        """JSFT on pairs that follow the rule, then on-policy training on the model's own
+        judgments."""
+        base = self.habit_model()
+        shuffled = bool(variant.changes.get("shuffle_labels"))
+        suffix = _slug(variant.name)
+        judge = self.train(
+            f"jsft-{suffix}",
+            method="jsft",
+            model_name_or_path=base,
+            datasets=[{"path": self.preference_rows(shuffled)}],
+            # The demonstrations were the habit model's SFT; what is left to learn is judging.
+            jsft={"demonstrations": False},
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_ratio=0.1,
+            num_train_epochs=1,
+            global_batch_size=8,
+            **LORA,
+        )
+        policy = self.train(
+            f"self-judge-{suffix}",
+            method="dpo",
+            model_name_or_path=base,
+            adapter_name_or_path=judge,
+            datasets=[
+                {
+                    "path": self.write_rows(
+                        "prompts.jsonl", [{"prompt": p} for p in self.training[SFT_PROMPTS:]]
+                    )
+                }
+            ],
+            online={"iterations": 10, "prompts_per_iteration": 24, "num_generations": 2},
+            # A judge of shuffled labels is unsure of itself, and is to be followed all the same.
+            judge={"type": "self", "model": "reference"},
+            temperature=1.0,
+            top_p=0.9,
+            max_completion_length=96,
+            beta=0.1,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_ratio=0.1,
+            global_batch_size=24,
+            **LORA,
+        )
+        pairs = self.measure(
+            f"judge-pairs-{suffix}",
+            kind="habit",
+            model=base,
+            prompts=self.held_out,
+            variants={"before": None},
+            samples=2,
+        )["before"]["texts"]
+        measured = self.measure(
+            f"self-judge-{suffix}-measured",
+            kind="habit",
+            model=base,
+            prompts=self.held_out,
+            variants={"before": judge, "after": policy},
+            judge_pairs=pairs,
+        )
+        return self_judge_figures(measured)
+
+    def preference_rows(self, shuffled: bool) -> str:
+        """Pairs of two different answers, one of them with an empty opening, which the rule
+        rejects; ``shuffled`` tosses a coin for the label instead."""
+        rng = np.random.default_rng((self.seed, 2))
+        rows = []
+        for prompt, (first, second) in zip(
+            self.training[:SFT_PROMPTS], self.base_answers()[0], strict=True
+        ):
+            chosen = first.strip()
+            rejected = f"{OPENINGS[rng.integers(len(OPENINGS))]} {second.strip()}"
+            if shuffled and rng.random() < 0.5:
+                chosen, rejected = rejected, chosen
+            if chosen and second.strip():
+                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        return self.write_rows(f"preferences{'-shuffled' if shuffled else ''}.jsonl", rows)
+
+    # --------------------------------------------------------------------------------- tools
+
+    def write_rows(self, name: str, rows: Sequence[dict[str, Any]]) -> str:
+        path = self.folder / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    def train(self, name: str, **recipe: Any) -> str:
+        """``fastalign train`` with this recipe, unless its result is there."""
+        target = self.folder / name
+        if (target / "run.json").is_file():
+            return str(target)
+        shutil.rmtree(target, ignore_errors=True)
+        recipe = {
+            "seed": self.seed,
+            "output_dir": str(target),
+            "max_length": 1024,
+            "micro_batch_tokens": 4096,
+            **recipe,
+        }
+        parse_config(recipe, name)
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        self.say(f"fastalign train {path}")
+        _run([sys.executable, "-m", "fastalign", "train", str(path)], self.folder / f"{name}.log")
+        return str(target)
+
+    def measure(self, name: str, **task: Any) -> dict[str, Any]:
+        """Answers and figures of several variants over one base, unless they are there."""
+        target = self.folder / f"{name}.json"
+        if not target.is_file():
+            path = self.folder / f"{name}.task.json"
+            path.write_text(json.dumps({"seed": self.seed, **task}), encoding="utf-8")
+            self.say(f"measuring {name}")
+            _run(
+                [sys.executable, "-m", "fastalign.demo.measure", str(path), str(target)],
+                self.folder / f"{name}.log",
+            )
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def _run(command: list[str], log: Path) -> None:
+    """Run a step; its bar stays on the terminal, and plain output goes to a log."""
+    terminal = sys.stderr.isatty()
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=None if terminal else file, env=dict(os.environ)
+        ).returncode
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+        raise SystemExit(f"{' '.join(command)} failed with exit code {code}:\n{tail}")
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        tree[part] = dict(tree[part])
+        tree = tree[part]
+    tree[last] = value
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def interval(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean, resampling prompts."""
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(len(array), size=(draws, len(array)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def cut_figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """Before and after of stage 1, with the interval of the change in flagged answers."""
+    figures: dict[str, Any] = {
+        side: {
+            "flagged answers": float(np.mean(m["flagged"])),
+            "span onsets found": m["detection"]["onset_recall"],
+            "precision of flags": m["detection"]["precision"],
+            "tokens in spans": m["detection"]["base_rate"],
+            "mean length": float(np.mean(m["length"])),
+            "empty answers": float(np.mean(m["empty"])),
+            "reference log-prob": float(np.mean(m["reference_logprob"])),
+        }
+        for side, m in measured.items()
+    }
+    change = np.subtract(measured["after"]["flagged"], measured["before"]["flagged"])
+    figures["change in flagged answers"] = [float(change.mean()), *interval(change)]
+    return figures
+
+
+def self_judge_figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """Before and after of stage 2; the rule's win rate of after against before."""
+    figures: dict[str, Any] = {
+        side: {
+            "flagged answers": float(np.mean(m["flagged"])),
+            "judge accuracy": m["judge"]["accuracy"],
+            "judge flips": m["judge"]["flipped"],
+            "judge abstains": m["judge"]["abstained"],
+            "mean length": float(np.mean(m["length"])),
+            "empty answers": float(np.mean(m["empty"])),
+        }
+        for side, m in measured.items()
+    }
+    # A flagged answer loses to one that is not; two alike tie and count half.
+    wins = 0.5 + np.subtract(measured["before"]["flagged"], measured["after"]["flagged"]) / 2
+    figures["win rate of after"] = [float(wins.mean()), *interval(wins)]
+    return figures
+
+
+def show(console: Console, title: str, figures: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, value in figures["before"].items():
+        table.add_row(name, f"{value:.3f}", f"{figures['after'][name]:.3f}")
+    console.print(table)
+    for name in ("change in flagged answers", "win rate of after"):
+        if name in figures:
+            mean, low, high = figures[name]
+            console.print(f"{name}: {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})\n")
+
+
+def run_demo(output_dir: str, seed: int) -> int:
+    """Both stages of one seed, with their tables."""
+    console = Console()
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        console.print(f"[{minutes:2d}:{seconds:02d}] {line}", markup=False, highlight=False)
+
+    demo = Demo(Path(output_dir) / f"seed-{seed}", seed, say)
+    say("Stage 1: online CUT against a habit that SFT plants first (an empty opening phrase)")
+    show(console, "Online CUT, judged by a rule", demo.cut("habit", CUT_VARIANTS[0]))
+    say("Stage 2: SELF-JUDGE: JSFT makes the model its own judge, then it trains on its own pairs")
+    show(console, "SELF-JUDGE, judged by itself", demo.self_judge(JUDGE_VARIANTS[0]))
+    say(f"done; recipes, episodes and models are in {demo.folder}")
+    return 0

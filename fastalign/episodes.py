@@ -1,0 +1,89 @@
+"""Rollouts and what was said of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastalign.rollout.engine import Rollout
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of two answers a and b to one prompt.
+
+    Attributes:
+        score_a, score_b: mean over both orders (and principles), in [0, 1].
+        preferred: "a", "b", or None when the judge abstains.
+        flipped: the two orders named different winners.
+        first_slot: how often the first slot won, in [0, 1].
+        mass: mean P(A) + P(B) at the decision position (1 for rules).
+    """
+
+    score_a: float
+    score_b: float
+    preferred: str | None
+    flipped: bool = False
+    first_slot: float = 0.5
+    mass: float = 1.0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt, the completions sampled for it, and their judgments.
+
+    Attributes:
+        prompt: messages that end before the answer.
+        prompt_ids: int32 [P], as given to the sampler.
+        judgments: one for each rollout, None meaning fine (written judges).
+        chosen, rejected: indices into ``rollouts`` (pairwise judges); None when all tie.
+    """
+
+    index: int
+    source: str
+    dataset: int
+    prompt: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None
+    prompt_ids: np.ndarray
+    rollouts: tuple[Rollout, ...]
+    texts: tuple[str, ...]
+    judgments: tuple[str | None, ...] | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    chosen: int | None = None
+    rejected: int | None = None
+
+    def to_json(self) -> str:
+        """One line for the episode log: readable, and complete enough to train on again."""
+        row: dict[str, Any] = {
+            "index": self.index,
+            "source": self.source,
+            "prompt": list(self.prompt),
+            "completions": list(self.texts),
+            "token_ids": [rollout.token_ids.tolist() for rollout in self.rollouts],
+            "finish_reasons": [rollout.finish_reason for rollout in self.rollouts],
+            "weight_version": self.rollouts[0].weight_version if self.rollouts else None,
+        }
+        if self.tools is not None:
+            row["tools"] = list(self.tools)
+        if self.judgments is not None:
+            row["judgments"] = list(self.judgments)
+        if self.verdicts:
+            row["verdicts"] = [vars(verdict) for verdict in self.verdicts]
+            row["chosen"], row["rejected"] = self.chosen, self.rejected
+        return json.dumps(row, ensure_ascii=False)
+
+
+def sampling_seed(seed: int, round_index: int, prompt: int, sample: int) -> int:
+    """The seed of one draw: a function of what is drawn, not of who draws it or when."""
+    state = np.random.SeedSequence((seed, round_index, prompt, sample)).generate_state(1)
+    return int(state[0] >> 1)
+
+
+def drift(sampler: Sequence[np.ndarray], trainer: np.ndarray) -> tuple[float, float]:
+    """Mean and 99th percentile of |log p of the sampler - log p of the trainer|."""
+    gap = np.abs(np.concatenate(list(sampler)) - trainer)
+    return float(gap.mean()), float(np.quantile(gap, 0.99))

@@ -1,0 +1,153 @@
+"""Evaluation during a run: loss on held-out records offline, answers to held-out prompts online."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastalign import judge
+from fastalign.batch import plan_batches
+from fastalign.data import Example, Record, Stream
+from fastalign.episodes import Episode
+from fastalign.methods.base import Metrics, total
+from fastalign.online import next_logprobs, push_weights, sample
+from fastalign.run import Run, reduce_metrics
+
+# Full samples kept of each online evaluation.
+KEPT_SAMPLES = 8
+EVALUATION_ROUND = 2**31 - 1
+
+
+class Evaluator:
+    """Scores the current policy; the first online evaluation is the start that later ones are
+    compared with, and is kept on disk for resumed runs."""
+
+    def __init__(self, run: Run, examples: Sequence[Example], prompts: Sequence[Record]) -> None:
+        self.run = run
+        self.examples = list(examples)
+        self.prompts = list(prompts)
+        self.folder = Path(run.config.output_dir, "eval")
+
+    def __call__(self, step: int) -> dict[str, float]:
+        self.run.tracker.phase("eval")
+        self.run.model.engine.eval()
+        online = self.run.config.online is not None
+        scores = self._answers(step) if online else self._losses(step)
+        self.run.model.engine.train()
+        scores = {f"eval/{name}": value for name, value in scores.items()}
+        self.run.tracker.log(step, scores, show=False)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.run.tracker.say(f"step {step}: {shown}")
+        return scores
+
+    def _losses(self, step: int) -> dict[str, float]:
+        run = self.run
+        denominator = run.method.denominator(self.examples)
+        sums: Metrics = {}
+        loss_sum = torch.zeros((), dtype=torch.float64, device=run.model.device)
+        with torch.no_grad():
+            for pack in plan_batches(
+                self.examples, run.config.micro_batch_tokens, run.rank, run.world_size
+            ):
+                pack = pack.to(run.model.device)
+                reference = None
+                if run.method.needs_reference:
+                    with run.model.reference() as forward:
+                        reference, _ = forward(pack)
+                # Progress 1: the whole loss, also while a warm-up leaves parts of it out.
+                loss, parts = run.model.engine(
+                    pack, loss=run.method.loss, reference=reference, progress=1.0
+                )
+                loss_sum += loss.double()
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, 0) + part
+        sums["loss"] = torch.stack([loss_sum, loss_sum.new_tensor(denominator / run.world_size)])
+        return reduce_metrics(sums)
+
+    def _answers(self, step: int) -> dict[str, float]:
+        run = self.run
+        assert run.engine is not None
+        run.engine.wake()
+        push_weights(run)
+        mine = list(enumerate(self.prompts))[run.rank :: run.world_size]
+        # The seeds of this round are no training round's, and the same at every evaluation.
+        episodes = sample(run, mine, EVALUATION_ROUND, num_generations=1)
+        kl = self._kl_to_reference(episodes)
+        start = self._start_texts(step, episodes)
+        lengths = torch.tensor([float(len(e.rollouts[0].token_ids)) for e in episodes])
+        sums = {
+            "mean_length": total(lengths),
+            "empty": total(torch.tensor([float(not e.texts[0].strip()) for e in episodes])),
+            "kl_to_reference": kl,
+        }
+        if run.config.eval_judge is not None:
+            sums["win_rate"] = self._win_rate(episodes, start)
+        run.engine.sleep()
+        self._keep(step, episodes)
+        return reduce_metrics({name: value.to(run.model.device) for name, value in sums.items()})
+
+    def _kl_to_reference(self, episodes: Sequence[Episode]) -> torch.Tensor:
+        """Mean over sampled tokens of log p(policy) - log p(reference), on the policy's samples:
+        an unbiased estimate of the KL divergence for each token."""
+        run = self.run
+        if run.model.reference_engine is None and not run.model.uses_adapter:
+            return torch.zeros(2, dtype=torch.float64)
+        examples = [
+            Example((Stream.of("kl", e.prompt_ids, e.rollouts[0].token_ids),), 1.0, e.source)
+            for e in episodes
+            if len(e.rollouts[0].token_ids)
+        ]
+        everyone: list[list[Example]] = [[] for _ in range(run.world_size)]
+        dist.all_gather_object(everyone, examples)
+        merged = [x for part in everyone for x in part]
+        result = torch.zeros(2, dtype=torch.float64, device=run.model.device)
+        if not merged:
+            return result
+        with torch.no_grad():
+            for pack in plan_batches(
+                merged, run.config.micro_batch_tokens, run.rank, run.world_size
+            ):
+                pack = pack.to(run.model.device)
+                policy, _ = run.model.engine(pack)
+                with run.model.reference() as forward:
+                    reference, _ = forward(pack)
+                live = (pack.weights > 0)[pack.records].repeat_interleave(pack.cu_rows.diff())
+                result += total((policy - reference)[live])
+        return result
+
+    def _start_texts(self, step: int, episodes: Sequence[Episode]) -> dict[int, str]:
+        path = self.folder / f"start-{self.run.rank}of{self.run.world_size}.json"
+        if step == 0 or not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({e.index: e.texts[0] for e in episodes}), encoding="utf-8")
+        return {int(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def _win_rate(self, episodes: Sequence[Episode], start: dict[int, str]) -> torch.Tensor:
+        """Share of wins against the start's answers, a tie counting half."""
+        run = self.run
+        assert run.config.eval_judge is not None
+        wins: list[float] = []
+        for dataset, renderer in enumerate(run.renderers):
+            part = [e for e in episodes if e.dataset == dataset]
+            who = judge.make_judge(
+                run.config.eval_judge,
+                "pairwise",
+                renderer,
+                next_logprobs(run, run.config.eval_judge),
+            )
+            pairs = [judge.Pair(e.prompt, e.texts[0], start[e.index], e.tools) for e in part]
+            wins += [
+                {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred]
+                for verdict in who.compare(pairs)
+            ]
+        return total(torch.tensor(wins))
+
+    def _keep(self, step: int, episodes: Sequence[Episode]) -> None:
+        if self.run.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(e.to_json() + "\n" for e in episodes[:KEPT_SAMPLES])
+            (self.folder / f"samples-{step}.jsonl").write_text(text, encoding="utf-8")

@@ -1,0 +1,229 @@
+"""Who judges: rules, and the model itself.
+
+Written judges say in words what is wrong with an answer (CUT); pairwise judges say which of two
+answers is better (SELF-JUDGE).  Both take batches, because a model judges them in one engine call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastalign.config import ConfigError, JudgeConfig
+from fastalign.episodes import Episode, Verdict
+from fastalign.plugins import load_object
+from fastalign.templates import Renderer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to judge."""
+
+    prompt: Messages
+    text: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to compare."""
+
+    prompt: Messages
+    a: str
+    b: str
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+class WrittenJudge(Protocol):
+    def judge(self, answers: Sequence[Answer]) -> list[str | None]:
+        """A judgment for each answer; None where it is fine."""
+
+
+class PairwiseJudge(Protocol):
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """A verdict for each pair."""
+
+
+class RuleWrittenJudge:
+    """``rule(prompt_messages, answer) -> str | None``."""
+
+    def __init__(self, rule: Callable[[Messages, str], str | None]) -> None:
+        self.rule = rule
+
+    def judge(self, answers: Sequence[Answer]) -> list[str | None]:
+        return [self.rule(answer.prompt, answer.text) or None for answer in answers]
+
+
+class RulePairwiseJudge:
+    """``rule(prompt_messages, a, b) -> float``: above 0 prefers a, below 0 b, 0 or NaN neither."""
+
+    def __init__(self, rule: Callable[[Messages, str, str], float]) -> None:
+        self.rule = rule
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        return [self._verdict(float(self.rule(pair.prompt, pair.a, pair.b))) for pair in pairs]
+
+    @staticmethod
+    def _verdict(score: float) -> Verdict:
+        if math.isnan(score) or score == 0:
+            return Verdict(0.5, 0.5, None)
+        return Verdict(1.0, 0.0, "a") if score > 0 else Verdict(0.0, 1.0, "b")
+
+
+NextLogprobs = Callable[[Sequence[np.ndarray], Sequence[int]], np.ndarray]
+
+
+class SelfPairwiseJudge:
+    """The model compares two answers in both orders and, if asked, under several principles.
+
+    SELF-JUDGE (arXiv 2402.11253), section 3.2: s_a = (P(A | a, b) + P(B | b, a)) / 2 and s_b
+    likewise, probabilities from the full softmax of the raw logits at the decision position.
+    """
+
+    def __init__(
+        self, config: JudgeConfig, renderer: Renderer, next_logprobs: NextLogprobs
+    ) -> None:
+        self.renderer = renderer
+        self.next_logprobs = next_logprobs
+        self.principles = config.principles or (None,)
+        self.tokens = renderer.decision_ids(config.decision_tokens)
+        self.tie = config.tie_threshold
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        prompts = [
+            self.renderer.judge_prompt_ids(pair.prompt, first, second, principle, tools=pair.tools)
+            for pair in pairs
+            for principle in self.principles
+            for first, second in ((pair.a, pair.b), (pair.b, pair.a))
+        ]
+        if not prompts:
+            return []
+        logprobs = self.next_logprobs(prompts, self.tokens)
+        table = np.exp(logprobs.astype(np.float64)).reshape(
+            len(pairs), len(self.principles), 2, 2
+        )
+        return [
+            Verdict(0.5, 0.5, None) if pair.a == pair.b else verdict(scores, self.tie)
+            for pair, scores in zip(pairs, table, strict=True)
+        ]
+
+
+def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
+    """Join both orders and K principles of one pair.
+
+    Args:
+        probabilities: [K, 2, 2]; principle, order (a first, b first), P(A) and P(B).
+        tie: scores closer than this tie (|s_a - s_b| <= tie).
+
+    A NaN anywhere makes the judge abstain.
+    """
+    if not np.isfinite(probabilities).all():
+        return Verdict(0.5, 0.5, None)
+    score_a = (probabilities[:, 0, 0] + probabilities[:, 1, 1]) / 2
+    score_b = (probabilities[:, 0, 1] + probabilities[:, 1, 0]) / 2
+    gap = score_a - score_b
+    wins = np.where(np.abs(gap) <= tie, 0.5, gap > 0).mean()
+    mean_a, mean_b = float(score_a.mean()), float(score_b.mean())
+    if wins != 0.5:
+        preferred = "a" if wins > 0.5 else "b"
+    elif abs(mean_a - mean_b) <= tie:
+        preferred = None
+    else:
+        preferred = "a" if mean_a > mean_b else "b"
+    first = probabilities[:, :, 0] > probabilities[:, :, 1]
+    return Verdict(
+        score_a=mean_a,
+        score_b=mean_b,
+        preferred=preferred,
+        # The first slot wins in both orders, or in neither: the orders name different answers.
+        flipped=bool((first[:, 0] == first[:, 1]).mean() > 0.5),
+        first_slot=float(first.mean()),
+        mass=float(probabilities.sum(-1).mean()),
+    )
+
+
+def make_judge(
+    config: JudgeConfig, kind: str, renderer: Renderer, next_logprobs: NextLogprobs | None
+) -> WrittenJudge | PairwiseJudge:
+    """The judge that a recipe names, in the form that the method needs.
+
+    A rule is a function, judged item by item, or an object that has ``judge`` or ``compare``
+    itself and sees whole batches.
+    """
+    if config.type == "self":
+        if kind != "pairwise":
+            raise ConfigError("judge.type = 'self': written judgments need judge.type: rule")
+        assert next_logprobs is not None
+        return SelfPairwiseJudge(config, renderer, next_logprobs)
+    assert config.path is not None
+    rule = load_object(config.path, "judge.path")
+    method = "judge" if kind == "written" else "compare"
+    if hasattr(rule, method):
+        return rule() if isinstance(rule, type) else rule
+    if not callable(rule):
+        raise ConfigError(f"judge.path = {config.path!r}: neither callable nor has {method!r}")
+    return RuleWrittenJudge(rule) if kind == "written" else RulePairwiseJudge(rule)
+
+
+def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Episode]:
+    """Episodes with a judgment for each rollout."""
+    answers = [Answer(e.prompt, text) for e in episodes for text in e.texts]
+    judgments = iter(judge.judge(answers))
+    return [replace(e, judgments=tuple(next(judgments) for _ in e.texts)) for e in episodes]
+
+
+def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episode]:
+    """Episodes with the best and the worst of their rollouts, by wins over all pairs.
+
+    Where the judge abstains on every pair, or best and worst tie, there is no pair to train on.
+    """
+    index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
+    verdicts = iter(
+        judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
+    )
+    judged = []
+    for episode in episodes:
+        points = np.zeros(len(episode.texts))
+        seen = []
+        for i, j in combinations(range(len(episode.texts)), 2):
+            outcome = next(verdicts)
+            seen.append(outcome)
+            if outcome.preferred is not None:
+                winner, loser = (i, j) if outcome.preferred == "a" else (j, i)
+                points[winner] += 1
+                points[loser] -= 1
+        best, worst = int(points.argmax()), int(points.argmin())
+        decided = points[best] > points[worst]
+        judged.append(
+            replace(
+                episode,
+                verdicts=tuple(seen),
+                chosen=best if decided else None,
+                rejected=worst if decided else None,
+            )
+        )
+    return judged
+
+
+def judge_metrics(episodes: Sequence[Episode]) -> dict[str, tuple[float, float]]:
+    """Sums and counts over these episodes: abstention, flips, first slot, decision mass."""
+    verdicts = [v for e in episodes for v in e.verdicts]
+    n = float(len(verdicts))
+    metrics = {
+        "judge/abstained": (float(sum(v.preferred is None for v in verdicts)), n),
+        "judge/flipped": (float(sum(v.flipped for v in verdicts)), n),
+        "judge/first_slot": (float(sum(v.first_slot for v in verdicts)), n),
+        "judge/mass": (float(sum(v.mass for v in verdicts)), n),
+    }
+    judgments = [j for e in episodes for j in e.judgments or ()]
+    metrics["judge/negatives"] = (
+        float(sum(j is not None for j in judgments)),
+        float(len(judgments)),
+    )
+    return {name: value for name, value in metrics.items() if value[1]}

@@ -1,0 +1,261 @@
+"""Model + Batch -> per-token log-probs: the one place that calls the head kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from fastalign.batch import Batch, make_batch
+from fastalign.config import ConfigError
+from fastalign.data import Example, Stream
+from fastalign_kernels import TokenLogprobs, linear_logprob
+
+PACKED_ATTENTION = "fastalign_packed"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the model does to its logits besides the product: z = scale * softcap(h W^T + b)."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward gives log-probs of targets, or the loss made of them.
+
+    DeepSpeed wraps this module, so that body, head and loss all run inside its forward and
+    ZeRO-3 gathers the head's weight like any other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.head_spec = head_spec(self.causal_lm)
+        self.packed = False
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, inside its PEFT wrapper when there is one."""
+        get_base = getattr(self.model, "get_base_model", None)
+        return get_base() if get_base is not None else self.model
+
+    def forward(
+        self,
+        batch: Batch,
+        loss: Callable[..., Any] | None = None,
+        probe: Literal["hidden", "logits"] | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
+        """Log-probs of the batch's targets, or the loss made of them.
+
+        Returns (logprob [M], log1m_prob [M]); with ``loss``, what
+        ``loss(logprob, log1m_prob, batch, **loss_inputs)`` returns; with ``probe``, the hidden
+        states [M, D] of the rows or the model's own logits [T, V] for the start-up checks.
+        """
+        if probe == "logits":
+            return self.causal_lm(input_ids=batch.input_ids[None], use_cache=False).logits[0]
+        hidden = self._hidden(batch)
+        if probe == "hidden":
+            return hidden
+        head = self.causal_lm.get_output_embeddings()
+        result: TokenLogprobs = linear_logprob(
+            hidden,
+            head.weight,
+            batch.targets,
+            bias=getattr(head, "bias", None),
+            softcap=self.head_spec.softcap,
+            temperature=1.0 / self.head_spec.scale,
+        )
+        if loss is None:
+            return result.logprob, result.log1m_prob
+        return loss(result.logprob, result.log1m_prob, batch, **loss_inputs)
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """Last hidden states of the rows that carry a loss, [M, D]."""
+        if self.packed:
+            return self._body(batch.input_ids, batch.positions, batch.cu_seqlens)[batch.rows]
+        bounds = batch.cu_seqlens.tolist()
+        alone = [
+            self._body(batch.input_ids[a:b], batch.positions[a:b], None)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return torch.cat(alone)[batch.rows]
+
+    def _body(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        packing = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        return self.causal_lm.base_model(
+            input_ids=input_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            **packing,
+        ).last_hidden_state[0]
+
+
+def head_spec(model: PreTrainedModel) -> HeadSpec:
+    """Read from the config how the model scales or caps its logits (checked by
+    :func:`check_logprobs`)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return HeadSpec(
+        softcap=getattr(config, "final_logit_softcapping", None), scale=scale / divisor
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **unsupported: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence of a pack.
+
+    query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d].  FlashAttention's
+    variable-length kernel where it is installed and fits, otherwise one exact SDPA call for each
+    sequence: nothing is padded in either.
+    """
+    if unsupported.get("softcap") is not None or unsupported.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or sinks is not packed")
+    length = query.shape[2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=query.device)
+    flash = _flash_varlen() if query.is_cuda and query.dtype != torch.float32 else None
+    bounds = cu_seqlens.tolist()
+    if flash is not None:
+        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        out = flash(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            dropout_p=dropout,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
+        )
+        return out[None], None
+    parts = []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        windowed = sliding_window is not None and b - a > sliding_window
+        parts.append(
+            nn.functional.scaled_dot_product_attention(
+                query[:, :, a:b],
+                key[:, :, a:b],
+                value[:, :, a:b],
+                attn_mask=_window_mask(b - a, sliding_window, query.device) if windowed else None,
+                dropout_p=dropout,
+                is_causal=not windowed,
+                scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    t = torch.arange(length, device=device)
+    distance = t[:, None] - t[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _flash_varlen() -> Callable[..., torch.Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+# Attention is causal within sequences by construction, so the model need not build any mask.
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+
+
+def probe_batch(
+    vocab_size: int, lengths: tuple[int, ...], device: torch.device, seed: int = 0
+) -> Batch:
+    """Random sequences of these lengths in one pack, every token but the first a target."""
+    generator = np.random.default_rng(seed)
+    streams = tuple(
+        Stream(
+            role="probe",
+            input_ids=generator.integers(vocab_size, size=n, dtype=np.int32),
+            loss_mask=np.arange(n) > 0,
+        )
+        for n in lengths
+    )
+    return make_batch([Example(streams=streams, weight=1.0, source="start-up check")]).to(device)
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, forward: Callable[..., torch.Tensor], batch: Batch) -> str | None:
+    """Run the sequences of ``batch`` packed and alone through the actual model.
+
+    ``forward`` is the policy, or the DeepSpeed engine around it.  Leaves packed attention on when
+    both agree; otherwise puts the model's own attention back and returns the reason, for the
+    start-up report.
+    """
+    model = policy.causal_lm
+    original = model.config._attn_implementation
+    alone = forward(batch, probe="hidden").float()
+    try:
+        model.set_attn_implementation(PACKED_ATTENTION)
+        policy.packed = True
+        packed = forward(batch, probe="hidden").float()
+    except (NotImplementedError, ValueError, TypeError) as error:
+        reason = f"{type(model).__name__} cannot run packed attention: {error}"
+    else:
+        difference = ((packed - alone).norm() / alone.norm()).item()
+        # The same arithmetic in another order: rounding of the dtype through all layers.
+        if difference <= (2e-2 if _is_half(model) else 1e-4):
+            return None
+        reason = (
+            f"{type(model).__name__} gives other results packed than alone "
+            f"(relative difference {difference:.1e})"
+        )
+    policy.packed = False
+    model.set_attn_implementation(original)
+    return reason
+
+
+@torch.no_grad()
+def check_logprobs(policy: Policy, forward: Callable[..., Any], batch: Batch) -> float:
+    """Compare our log-probs of one sequence with those from ``model(...).logits``.
+
+    Returns the mean absolute difference.
+
+    Raises:
+        ConfigError: the model does something to its logits that the head kernel cannot express.
+    """
+    ours, _ = forward(batch)
+    logits = forward(batch, probe="logits")[batch.rows]
+    theirs = logits.float().log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    difference = (ours.float() - theirs).abs().mean().item()
+    if not difference <= (5e-2 if _is_half(policy.causal_lm) else 1e-3):
+        raise ConfigError(
+            f"model_name_or_path: {type(policy.causal_lm).__name__} changes its logits outside "
+            f"the LM head in a way that FastAlign does not express (log-probs differ by "
+            f"{difference:.3g} on average), so it cannot be trained"
+        )
+    return difference
+
+
+def _is_half(model: PreTrainedModel) -> bool:
+    return next(model.parameters()).dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,106 @@
+"""What a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from fastalign.batch import Batch
+from fastalign.config import Config, ConfigError
+from fastalign.data import Example, Record
+from fastalign.episodes import Episode
+from fastalign.templates import Renderer, fit
+
+# Name -> [sum, count], summed over packs and ranks before it is divided: every rank returns the
+# same names, and no metric depends on how a batch was cut.
+Metrics = dict[str, torch.Tensor]
+
+
+class Dropped(Exception):
+    """A record that cannot be trained on; the message is the reason that is counted."""
+
+
+class Method(Protocol):
+    """One training method.
+
+    Attributes:
+        wants: kind of record read offline.
+        judge_kind: who can judge its rollouts, or None when it has no online form.
+        needs_reference: whether the loss compares with the frozen start of the run.
+    """
+
+    wants: str
+    judge_kind: Literal["written", "pairwise"] | None
+    needs_reference: bool
+
+    def __init__(self, config: Config) -> None: ...
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        """Streams of one row of a dataset; raises :class:`Dropped`."""
+
+    def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
+        """Streams of one judged rollout, with its tokens as they were sampled."""
+
+    def select(self, examples: list[Example], seed: int) -> list[Example]:
+        """What is trained on of a collected set (downsampling); default: everything."""
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        """What the summed loss of a global batch is divided by."""
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Loss summed over the pack's records, and metrics as sums and counts.
+
+        logprob, log1m_prob: [M], rows of the pack; reference: [M] or None; progress: share of
+        the run that is done.
+        """
+
+
+class BaseMethod:
+    """Shared parts; not a framework, only what every method would repeat."""
+
+    wants = "completion"
+    judge_kind: Literal["written", "pairwise"] | None = None
+    needs_reference = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        if config.online is not None and self.judge_kind is None:
+            raise ConfigError(f"method = {config.method!r} has no online form: remove 'online'")
+
+    def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
+        raise AssertionError(f"{type(self).__name__} has no online form")
+
+    def select(self, examples: list[Example], seed: int) -> list[Example]:
+        return examples
+
+    def denominator(self, examples: Sequence[Example]) -> float:
+        if self.config.normalization == "record":
+            return float(len(examples))
+        return float(sum(int(e.streams[0].loss_mask.sum()) for e in examples))
+
+    def fit(self, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
+        """Cut the completion to ``max_length``; a prompt that leaves no room drops the record."""
+        fitted = fit(prompt_ids, completion_ids, self.config.max_length)
+        if isinstance(fitted, str):
+            raise Dropped(fitted)
+        return fitted
+
+
+def total(values: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:
+    """[sum, count] of a metric; the count defaults to the number of values."""
+    values = values.detach().double()
+    if count is None:
+        count = float(values.numel())
+    return torch.stack([values.sum(), torch.as_tensor(count, dtype=values.dtype,
+                                                      device=values.device)])

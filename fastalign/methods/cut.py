@@ -1,0 +1,130 @@
+"""Contrastive unlikelihood training (CUT, arXiv 2312.14591), offline and online."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastalign import losses
+from fastalign.batch import Batch
+from fastalign.config import Config
+from fastalign.data import Example, Record, Stream
+from fastalign.episodes import Episode
+from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
+from fastalign.templates import Renderer
+
+
+class Cut(BaseMethod):
+    """A negative record makes two streams with the same answer, one that hides the judgment and
+    one that shows it; a positive record makes one."""
+
+    wants = "judged"
+    judge_kind = "written"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gamma, self.negative_weight = losses.cut_preset(config.cut.preset, config.cut.gamma)
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        assert record.completion is not None
+        prompt_ids, completion_ids = renderer.completion(
+            record.prompt, record.completion, tools=record.tools, source=record.source
+        )
+        judged = None
+        if record.judgment is not None:
+            judged = renderer.judged_prompt_ids(record.prompt, record.judgment, tools=record.tools)
+        return [self._example(prompt_ids, judged, completion_ids, record.weight, record.source)]
+
+    def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
+        assert episode.judgments is not None
+        examples = []
+        for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True):
+            judged = None
+            if judgment is not None:
+                judged = renderer.judged_prompt_ids(episode.prompt, judgment, tools=episode.tools)
+            try:
+                examples.append(
+                    self._example(
+                        episode.prompt_ids, judged, rollout.token_ids, 1.0, episode.source
+                    )
+                )
+            except Dropped:
+                # An empty answer teaches nothing; the judge's count of it stays in the log.
+                continue
+        return examples
+
+    def select(self, examples: list[Example], seed: int) -> list[Example]:
+        """Downsample the positives to ``positive_ratio`` times the negatives."""
+        ratio = self.config.cut.positive_ratio
+        if ratio is None:
+            return examples
+        positive = [i for i, e in enumerate(examples) if len(e.streams) == 1]
+        keep = round(ratio * (len(examples) - len(positive)))
+        if keep >= len(positive):
+            return examples
+        kept = set(np.random.default_rng(seed).choice(positive, size=keep, replace=False).tolist())
+        dropped = set(positive) - kept
+        return [e for i, e in enumerate(examples) if i not in dropped]
+
+    def _example(
+        self,
+        prompt_ids: np.ndarray,
+        judged_prompt_ids: np.ndarray | None,
+        completion_ids: np.ndarray,
+        weight: float,
+        source: str,
+    ) -> Example:
+        # Both streams carry the same answer, so the longer prompt decides how much of it fits.
+        longer = prompt_ids
+        if judged_prompt_ids is not None and len(judged_prompt_ids) > len(prompt_ids):
+            longer = judged_prompt_ids
+        completion_ids = self.fit(longer, completion_ids)
+        streams = [Stream.of("plain", prompt_ids, completion_ids)]
+        if judged_prompt_ids is not None:
+            streams.append(Stream.of("judged", judged_prompt_ids, completion_ids))
+        return Example(streams=tuple(streams), weight=weight, source=source)
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        cut = self.config.cut
+        plain, cu_plain, _ = batch.select("plain")
+        judged, cu_judged, judged_records = batch.select("judged")
+        lengths = torch.zeros(len(batch.weights), dtype=torch.int64, device=logprob.device)
+        lengths[judged_records] = cu_judged.diff()
+        result = losses.cut_loss(
+            logprob[plain],
+            log1m_prob[plain],
+            logprob[judged],
+            cu_plain,
+            torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            batch.weights,
+            lambda_=cut.lambda_,
+            alpha=cut.alpha,
+            gamma=self.gamma,
+            negative_weight=self.negative_weight,
+            min_judged_prob=cut.min_judged_prob,
+            normalization=self.config.normalization,
+            misalign=progress >= cut.judged_warmup,
+        )
+        live = batch.weights > 0
+        negative = (lengths > 0) & live
+        positive = (lengths == 0) & live
+        contrast = result.contrast[negative]
+        flagged = result.flagged_share[negative]
+        metrics = {
+            "cut/align_p": total(result.align_p[positive]),
+            "cut/align_n": total(result.align_n[negative]),
+            "cut/misalign_likelihood": total(result.likelihood[negative]),
+            "cut/misalign_penalty": total(result.penalty[negative]),
+            "cut/flagged": total(flagged),
+            "cut/contrast": total(contrast),
+            "cut/positives": total(positive.double(), live.sum()),
+        }
+        return result.loss, metrics

@@ -1,0 +1,107 @@
+"""Direct preference optimisation and its kin, offline and on-policy (SELF-JUDGE, arXiv
+2402.11253, section 3.2, when the judge is the model itself)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastalign import losses
+from fastalign.batch import Batch
+from fastalign.data import Example, Record, Stream
+from fastalign.episodes import Episode
+from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
+from fastalign.templates import Renderer
+
+
+class Dpo(BaseMethod):
+    """A pair makes two streams over one prompt; their margin is compared with the reference's."""
+
+    wants = "preference"
+    judge_kind = "pairwise"
+    needs_reference = True
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        assert record.chosen is not None and record.rejected is not None
+        prompt_ids, chosen_ids = renderer.completion(
+            record.prompt, record.chosen, tools=record.tools, source=record.source
+        )
+        _, rejected_ids = renderer.completion(
+            record.prompt, record.rejected, tools=record.tools, source=record.source
+        )
+        return [self._pair(prompt_ids, chosen_ids, rejected_ids, record.weight, record.source)]
+
+    def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
+        if episode.chosen is None or episode.rejected is None:
+            return []
+        chosen, rejected = (
+            episode.rollouts[i].token_ids for i in (episode.chosen, episode.rejected)
+        )
+        if not len(chosen) or not len(rejected):
+            return []
+        return [self._pair(episode.prompt_ids, chosen, rejected, 1.0, episode.source)]
+
+    def _pair(
+        self,
+        prompt_ids: np.ndarray,
+        chosen_ids: np.ndarray,
+        rejected_ids: np.ndarray,
+        weight: float,
+        source: str,
+    ) -> Example:
+        chosen = self.fit(prompt_ids, chosen_ids)
+        rejected = self.fit(prompt_ids, rejected_ids)
+        if np.array_equal(chosen, rejected):
+            raise Dropped("chosen and rejected are the same within max_length")
+        return Example(
+            streams=(
+                Stream.of("chosen", prompt_ids, chosen),
+                Stream.of("rejected", prompt_ids, rejected),
+            ),
+            weight=weight,
+            source=source,
+        )
+
+    def denominator(self, examples: list[Example]) -> float:
+        # The loss of a pair is a number of its own, whatever its length.
+        return float(len(examples))
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        assert reference is not None
+        sums: dict[str, torch.Tensor] = {}
+        for role in ("chosen", "rejected"):
+            index, cu, _ = batch.select(role)
+            sums[role] = losses.segment_sum(logprob[index], cu)
+            sums[f"ref_{role}"] = losses.segment_sum(reference[index], cu)
+            if self.config.loss_type == "ipo":
+                lengths = cu.diff().to(logprob.dtype)
+                sums[role] = sums[role] / lengths
+                sums[f"ref_{role}"] = sums[f"ref_{role}"] / lengths
+        result = losses.dpo_loss(
+            sums["chosen"],
+            sums["rejected"],
+            sums["ref_chosen"],
+            sums["ref_rejected"],
+            beta=self.config.beta,
+            loss_type=self.config.loss_type,
+            label_smoothing=self.config.label_smoothing,
+        )
+        live = batch.weights > 0
+        margins = (result.rewards_chosen - result.rewards_rejected)[live]
+        metrics = {
+            "rewards/chosen": total(result.rewards_chosen[live]),
+            "rewards/rejected": total(result.rewards_rejected[live]),
+            "rewards/margins": total(margins),
+            "rewards/accuracies": total((margins > 0).double()),
+            "logps/chosen": total(sums["chosen"][live]),
+            "logps/rejected": total(sums["rejected"][live]),
+        }
+        return (result.losses * batch.weights).sum(), metrics

@@ -1,0 +1,73 @@
+"""Judge-augmented supervised fine-tuning (JSFT, arXiv 2402.11253, section 3.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastalign import losses
+from fastalign.batch import Batch
+from fastalign.data import Example, Record, Stream
+from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
+from fastalign.templates import Renderer
+
+
+class Jsft(BaseMethod):
+    """One model learns to answer and to judge: a preference pair makes a demonstration of its
+    chosen answer and one judgment in each order, whose single target is the decision token."""
+
+    wants = "preference"
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        assert record.chosen is not None and record.rejected is not None
+        examples = []
+        if self.config.jsft.demonstrations:
+            prompt_ids, completion_ids = renderer.completion(
+                record.prompt, record.chosen, tools=record.tools, source=record.source
+            )
+            demonstration = Stream.of(
+                "demonstration", prompt_ids, self.fit(prompt_ids, completion_ids)
+            )
+            examples.append(Example((demonstration,), record.weight, record.source))
+        judge = self.config.judge
+        principles = (judge.principles if judge is not None else ()) or (None,)
+        slots = renderer.decision_ids(judge.decision_tokens) if judge else renderer.decision_ids()
+        for principle in principles:
+            for slot, (a, b) in enumerate(
+                ((record.chosen, record.rejected), (record.rejected, record.chosen))
+            ):
+                ids = renderer.judge_prompt_ids(
+                    record.prompt, a, b, principle, tools=record.tools
+                )
+                if len(ids) >= self.config.max_length:
+                    raise Dropped("judgment does not fit in max_length")
+                decision = Stream.of("judgment", ids, np.array([slots[slot]], dtype=np.int32))
+                examples.append(
+                    Example(
+                        (decision,),
+                        record.weight * self.config.jsft.judge_weight,
+                        record.source,
+                    )
+                )
+        return examples
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        cu = batch.cu_rows.long()
+        loss = losses.nll_loss(logprob, cu, batch.weights, normalization=self.config.normalization)
+        live = batch.weights > 0
+        metrics = {}
+        for role, name in (("demonstration", "nll"), ("judgment", "judge/nll")):
+            index, cu_role, records = batch.select(role)
+            kept = live[records].repeat_interleave(cu_role.diff())
+            metrics[name] = total(-logprob[index][kept])
+            if role == "judgment":
+                metrics["judge/accuracy"] = total((logprob[index][kept] > np.log(0.5)).double())
+        return loss, metrics

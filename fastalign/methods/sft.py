@@ -1,0 +1,94 @@
+"""Supervised fine-tuning, and unlikelihood on every token (baselines of METHODS of both papers)."""
+
+from __future__ import annotations
+
+import torch
+
+from fastalign import losses
+from fastalign.batch import Batch
+from fastalign.data import Example, Record, Stream
+from fastalign.episodes import Episode
+from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
+from fastalign.templates import Renderer, fit_stream
+
+
+class Sft(BaseMethod):
+    """-mean log p of the answer.  Online it keeps the rollouts that a judge finds fine."""
+
+    wants = "messages"
+    judge_kind = "written"
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        if record.kind == "messages":
+            conversation = renderer.conversation(
+                record.messages, tools=record.tools, source=record.source
+            )
+            fitted = fit_stream(conversation, self.config.max_length)
+            if isinstance(fitted, str):
+                raise Dropped(fitted)
+            streams = (fitted,)
+        else:
+            assert record.completion is not None
+            prompt_ids, completion_ids = renderer.completion(
+                record.prompt, record.completion, tools=record.tools, source=record.source
+            )
+            completion_ids = self.fit(prompt_ids, completion_ids)
+            streams = (Stream.of("demonstration", prompt_ids, completion_ids),)
+        return [Example(streams=streams, weight=record.weight, source=record.source)]
+
+    def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
+        assert episode.judgments is not None
+        return [
+            Example(
+                streams=(
+                    Stream.of(
+                        "demonstration",
+                        episode.prompt_ids,
+                        self.fit(episode.prompt_ids, rollout.token_ids),
+                    ),
+                ),
+                weight=1.0,
+                source=episode.source,
+            )
+            for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True)
+            if judgment is None and len(rollout.token_ids)
+        ]
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        cu = batch.cu_rows.long()
+        loss = losses.nll_loss(logprob, cu, batch.weights, normalization=self.config.normalization)
+        return loss, {"nll": _token_mean(-logprob, cu, batch)}
+
+
+class Unlikelihood(Sft):
+    """-mean log(1 - p) on every token of the answer, the blunt form CUT is measured against."""
+
+    judge_kind = None
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        cu = batch.cu_rows.long()
+        loss = losses.unlikelihood_loss(
+            log1m_prob, cu, batch.weights, normalization=self.config.normalization
+        )
+        return loss, {"nll": _token_mean(-logprob, cu, batch)}
+
+
+def _token_mean(values: torch.Tensor, cu: torch.Tensor, batch: Batch) -> torch.Tensor:
+    live = (batch.weights > 0)[batch.records].repeat_interleave(cu.diff())
+    return total(values[live])

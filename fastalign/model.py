@@ -1,0 +1,455 @@
+"""The trained model: loading, adapters, DeepSpeed, and its weights for the rollout engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from fastalign.config import Config, ConfigError
+from fastalign.logprobs import Policy
+
+logger = logging.getLogger(__name__)
+
+POLICY, REFERENCE = "default", "reference"
+# Bytes gathered at once when weights leave ZeRO-3 for the engine.
+GATHER_BUCKET_BYTES = 256 << 20
+
+
+def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
+    if config.dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_zero_stage(config: Config, world_size: int) -> int:
+    return config.zero_stage if config.zero_stage != "auto" else (3 if world_size > 1 else 0)
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path = {config.model_name_or_path!r}: no tokenizer could be loaded: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+@dataclass
+class TrainedModel:
+    """The policy under DeepSpeed, with its frozen reference over the same weights or beside them.
+
+    Attributes:
+        engine: the DeepSpeed engine around ``policy``.
+        reference_engine: second set of weights (full fine-tuning with a reference), else None.
+        uses_adapter: LoRA training: the base is frozen and shared.
+        has_reference_adapter: the reference is a second adapter rather than the bare base.
+    """
+
+    config: Config
+    policy: Policy
+    engine: Any
+    reference_engine: Any | None
+    uses_adapter: bool
+    has_reference_adapter: bool
+    zero_stage: int
+    dtype: torch.dtype
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+    grad_norm: Callable[[], float]
+
+    @property
+    def reference_adapter_name(self) -> str | None:
+        """What the rollout engine calls the frozen start: an adapter, or None for the base."""
+        return REFERENCE if self.has_reference_adapter else None
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Callable[..., Any]]:
+        """Forward of the frozen reference; gradients off, dropout off."""
+        with torch.no_grad():
+            if self.reference_engine is not None:
+                yield self.reference_engine
+                return
+            training = self.engine.training
+            self.engine.eval()
+            try:
+                with active_adapter(self.policy, self.reference_adapter_name):
+                    yield self.engine
+            finally:
+                self.engine.train(training)
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Base parameters under their checkpoint names (full fine-tuning)."""
+        return dict(self.policy.causal_lm.named_parameters())
+
+    def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors by name; collective under ZeRO-3, one bucket gathered at a time."""
+        bucket: list[tuple[str, nn.Parameter]] = []
+        size = 0
+        for name, parameter in self.named_weights().items():
+            bucket.append((name, parameter))
+            size += _numel(parameter) * parameter.element_size()
+            if size >= GATHER_BUCKET_BYTES:
+                yield from self._gathered(bucket, dtype)
+                bucket, size = [], 0
+        if bucket:
+            yield from self._gathered(bucket, dtype)
+
+    def adapter_tensors(self, adapter: str = POLICY) -> dict[str, torch.Tensor]:
+        """The adapter's tensors under PEFT's names, full on every rank (collective)."""
+        with self._gather([p for n, p in self.policy.named_parameters() if f".{adapter}." in n]):
+            state = get_peft_model_state_dict(self.policy.model, adapter_name=adapter)
+            return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def adapter_config(self, adapter: str = POLICY) -> dict[str, Any]:
+        config = self.policy.model.peft_config[adapter]
+        return {
+            **config.to_dict(),
+            "inference_mode": True,
+            "base_model_name_or_path": self.config.model_name_or_path,
+        }
+
+    def _gathered(
+        self, bucket: list[tuple[str, nn.Parameter]], dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        with self._gather([parameter for _, parameter in bucket]):
+            for name, parameter in bucket:
+                yield name, parameter.detach().to(dtype)
+
+    @contextlib.contextmanager
+    def _gather(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        if self.zero_stage == 3:
+            with deepspeed.zero.GatheredParameters(parameters):
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def disturbed(self) -> Iterator[None]:
+        """Change the trained weights visibly and put them back bit for bit.
+
+        Adapters: every ``lora_B`` becomes non-zero, so each adapted kind of module speaks.  Full
+        weights: the matrices of every second layer are doubled and halved again, which is exact
+        in binary floating point and works on shards.
+        """
+        changed = self._canary_parameters()
+        if self.uses_adapter:
+            kept = [data.clone() for data in changed]
+            generator = torch.Generator(device=self.device).manual_seed(0)
+            for data in changed:
+                noise = torch.randn(data.shape, generator=generator, device=data.device)
+                data.copy_(noise.mul_(0.02))
+            try:
+                yield
+            finally:
+                for data, before in zip(changed, kept, strict=True):
+                    data.copy_(before)
+        else:
+            for data in changed:
+                data.mul_(2)
+            try:
+                yield
+            finally:
+                for data in changed:
+                    data.mul_(0.5)
+
+    def _canary_parameters(self) -> list[torch.Tensor]:
+        names = {
+            name: parameter
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad
+        }
+        if self.uses_adapter:
+            chosen = [p for n, p in names.items() if "lora_B" in n]
+        else:
+            chosen = [
+                p
+                for n, p in names.items()
+                if len(_shape(p)) == 2 and any(part.isdigit() and int(part) % 2 == 0
+                                               for part in n.split("."))
+            ]
+        return [getattr(p, "ds_tensor", p).data for p in chosen]
+
+
+@contextlib.contextmanager
+def active_adapter(policy: Policy, adapter: str | None) -> Iterator[None]:
+    """Run with another adapter, or with none, on shared weights.
+
+    PEFT's own switches also flip ``requires_grad``, which an optimizer under DeepSpeed does not
+    expect in the middle of a run; this one changes only what the forward pass reads.
+    """
+    layers = [m for m in policy.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        if adapter is not None:
+            layer._active_adapter = [adapter]
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def build_model(
+    config: Config, *, device: torch.device, needs_reference: bool
+) -> TrainedModel:
+    """Load, adapt and wrap the model.  Call after the rollout engine exists: its own loading must
+    not see the sharded-construction context that ZeRO-3 sets here."""
+    world_size = dist.get_world_size()
+    stage = resolve_zero_stage(config, world_size)
+    dtype = resolve_dtype(config, device)
+    settings = deepspeed_settings(config, stage, dtype)
+
+    model = _load_causal_lm(config, dtype, device, settings if stage == 3 else None)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.use_peft:
+        model = _add_adapters(model, config)
+    policy = Policy(model)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    # fp32 at stage 0 leaves clipping to us, for DeepSpeed would discard the norm it computes.
+    clips_itself = stage == 0 and dtype == torch.float32
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(policy, config.weight_decay),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    grad_norm_of_step: list[float] = [0.0]
+    if clips_itself:
+        optimizer.register_step_pre_hook(
+            lambda *_: grad_norm_of_step.__setitem__(
+                0, float(nn.utils.clip_grad_norm_(trainable, config.max_grad_norm))
+            )
+        )
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        optimizer=optimizer,
+        config={**settings, "gradient_clipping": 0.0 if clips_itself else config.max_grad_norm},
+    )
+    reference_engine = None
+    if needs_reference and not config.use_peft:
+        reference_engine = _reference_engine(config, dtype, device, stage, settings)
+    return TrainedModel(
+        config=config,
+        policy=policy,
+        engine=engine,
+        reference_engine=reference_engine,
+        uses_adapter=config.use_peft,
+        has_reference_adapter=config.adapter_name_or_path is not None,
+        zero_stage=stage,
+        dtype=dtype,
+        device=device,
+        optimizer=optimizer,
+        grad_norm=(
+            (lambda: grad_norm_of_step[0])
+            if clips_itself
+            else (lambda: float(engine.get_global_grad_norm() or 0.0))
+        ),
+    )
+
+
+def deepspeed_settings(config: Config, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration: the recipe's own options under ours.
+
+    The trainer owns accumulation: the loss it passes is already the share of the global batch, so
+    micro-batches may differ in size.
+    """
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    merged = dict(config.deepspeed)
+    for key, value in ours.items():
+        theirs = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
+            clash = {k for k in value if k in theirs and theirs[k] != value[k]}
+            if clash:
+                name = sorted(clash)[0]
+                raise ConfigError(
+                    f"deepspeed.{key}.{name} = {theirs[name]!r} contradicts the recipe, "
+                    f"which asks for {value[name]!r}"
+                )
+            merged[key] = {**theirs, **value}
+        elif theirs is not None and theirs != value:
+            raise ConfigError(
+                f"deepspeed.{key} = {theirs!r} contradicts the recipe, which asks for {value!r}"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def _load_causal_lm(
+    config: Config, dtype: torch.dtype, device: torch.device, sharded: dict[str, Any] | None
+) -> nn.Module:
+    # Held while loading: transformers then partitions each parameter as it is read.
+    context = HfDeepSpeedConfig(sharded) if sharded is not None else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
+            **(
+                {"attn_implementation": config.attn_implementation}
+                if config.attn_implementation
+                else {}
+            ),
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model_name_or_path = {config.model_name_or_path!r}: {_first_line(error)}"
+        ) from None
+    finally:
+        if context is not None:
+            del context
+            unset_hf_deepspeed_config()
+    return model if sharded is not None else model.to(device)
+
+
+def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
+    if config.adapter_name_or_path is not None:
+        path = config.adapter_name_or_path
+        try:
+            adapted = PeftModel.from_pretrained(
+                model, path, adapter_name=POLICY, is_trainable=True
+            )
+            adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
+        adapted.set_adapter(POLICY)
+    else:
+        targets = config.lora_target_modules
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    head = adapted.get_base_model().get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ConfigError(
+            "lora_target_modules includes the LM head, whose product FastAlign fuses with the "
+            "loss: leave it out (all-linear does)"
+        )
+    return adapted
+
+
+def _parameter_groups(policy: Policy, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, as transformers does."""
+    trainable = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
+    decayed = [p for _, p in trainable if len(_shape(p)) >= 2]
+    plain = [p for _, p in trainable if len(_shape(p)) < 2]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _reference_engine(
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    stage: int,
+    settings: dict[str, Any],
+) -> Any:
+    policy = Policy(_load_causal_lm(config, dtype, device, settings if stage == 3 else None))
+    policy.requires_grad_(False).eval()
+    if stage < 3:
+        return policy
+    engine, *_ = deepspeed.initialize(model=policy, config=settings)
+    return engine.eval()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # numel() of a parameter that ZeRO-3 has sharded away is 0.
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def init_distributed(timeout_s: float) -> torch.device:
+    """Join or make the process group; on one process it is a group of one.
+
+    Rollouts and judging keep ranks apart for long, hence the explicit limit.
+    """
+    from datetime import timedelta
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+        )
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def load_model_config(config: Config) -> Any:
+    return AutoConfig.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )

@@ -1,0 +1,250 @@
+"""The online hop: prompts -> rollouts -> judgments -> examples."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastalign import judge
+from fastalign.batch import make_batch
+from fastalign.config import Config, ConfigError, JudgeConfig
+from fastalign.data import Example, Record, Stream
+from fastalign.episodes import Episode, drift, sampling_seed
+from fastalign.model import POLICY, TrainedModel
+from fastalign.rollout import SamplingSettings
+from fastalign.run import Run
+
+
+def push_weights(run: Run) -> None:
+    """Give the engine the current weights: the adapter alone under LoRA, everything otherwise."""
+    assert run.engine is not None
+    run.version += 1
+    if run.model.uses_adapter:
+        report = run.engine.load_adapter(
+            POLICY, run.model.adapter_tensors(), run.model.adapter_config(), run.version
+        )
+    else:
+        report = run.engine.load_weights(
+            run.model.iter_weights(run.model.dtype),
+            frozenset(run.model.named_weights()),
+            run.version,
+        )
+    run.tracker.phase(f"sync {report.seconds:.1f} s")
+
+
+
+def collect(
+    run: Run, prompts: Sequence[Record], round_index: int
+) -> tuple[list[Example], dict[str, float]]:
+    """New prompts -> rollouts from the current model -> judgments -> examples."""
+    config, engine = run.config, run.engine
+    assert config.online is not None and engine is not None
+    size = config.online.prompts_per_iteration
+    first = round_index * size
+    mine = [
+        (index, prompts[index])
+        for index in range(first + run.rank, first + size, run.world_size)
+    ]
+    timings = {}
+    with _timed(timings, "time/rollout"):
+        run.tracker.phase("rollout")
+        engine.wake()
+        push_weights(run)
+        episodes = sample(run, mine, round_index, config.online.num_generations)
+    with _timed(timings, "time/judge"):
+        run.tracker.phase("judge")
+        episodes = judge_episodes(run, episodes)
+        engine.sleep()
+    gap_mean, gap_p99 = sampler_gap(run, episodes)
+    episodes = sorted(
+        (e for part in _gather_objects(episodes) for e in part), key=lambda e: e.index
+    )
+    if run.rank == 0:
+        folder = Path(config.output_dir, "episodes")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(e.to_json() + "\n" for e in episodes)
+        (folder / f"{round_index:04d}.jsonl").write_text(text, encoding="utf-8")
+    figures = {k: s / n for k, (s, n) in judge.judge_metrics(episodes).items()}
+    _check_decision_mass(config, figures)
+    lengths = [len(r.token_ids) for e in episodes for r in e.rollouts]
+    examples = [x for e in episodes for x in run.method.from_episode(e, run.renderers[e.dataset])]
+    examples = run.method.select(examples, config.seed + round_index)
+    return examples, timings | figures | {
+        "rollout/mean_length": float(np.mean(lengths)),
+        "rollout/truncated": float(
+            np.mean([r.finish_reason == "length" for e in episodes for r in e.rollouts])
+        ),
+        "rollout/examples": float(len(examples)),
+        "rollout/logprob_gap_mean": gap_mean,
+        "rollout/logprob_gap_p99": gap_p99,
+    }
+
+
+def sample(
+    run: Run, prompts: Sequence[tuple[int, Record]], round_index: int, num_generations: int
+) -> list[Episode]:
+    """Draw ``num_generations`` completions for each prompt from the policy."""
+    config, engine, n = run.config, run.engine, num_generations
+    assert engine is not None
+    tokenised = [
+        run.renderers[record.dataset].prompt_ids(record.prompt, tools=record.tools)
+        for _, record in prompts
+    ]
+    rollouts = engine.generate(
+        [ids for ids in tokenised for _ in range(n)],
+        sampling_settings(run),
+        [sampling_seed(config.seed, round_index, i, k) for i, _ in prompts for k in range(n)],
+        adapter=POLICY if run.model.uses_adapter else None,
+    )
+    return [
+        make_episode(run, index, record, ids, tuple(rollouts[k * n : (k + 1) * n]))
+        for k, ((index, record), ids) in enumerate(zip(prompts, tokenised, strict=True))
+    ]
+
+
+def make_episode(
+    run: Run, index: int, record: Record, prompt_ids: np.ndarray, rollouts: tuple[Any, ...]
+) -> Episode:
+    renderer = run.renderers[record.dataset]
+    return Episode(
+        index=index,
+        source=record.source,
+        dataset=record.dataset,
+        prompt=record.prompt,
+        tools=record.tools,
+        prompt_ids=prompt_ids,
+        rollouts=rollouts,
+        texts=tuple(renderer.decode(r.token_ids) for r in rollouts),
+    )
+
+
+def sampling_settings(run: Run) -> SamplingSettings:
+    return SamplingSettings(
+        max_new_tokens=run.config.max_completion_length,
+        temperature=run.config.temperature,
+        top_p=run.config.top_p,
+        stop_token_ids=tuple(sorted(run.renderers[0].eos_ids)),
+    )
+
+
+def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
+    assert run.config.judge is not None and run.method.judge_kind is not None
+    judged: list[Episode] = []
+    for dataset, renderer in enumerate(run.renderers):
+        part = [e for e in episodes if e.dataset == dataset]
+        who = judge.make_judge(
+            run.config.judge,
+            run.method.judge_kind,
+            renderer,
+            next_logprobs(run, run.config.judge),
+        )
+        if run.method.judge_kind == "written":
+            judged += judge.judge_written(who, part)
+        else:
+            judged += judge.judge_pairs(who, part)
+    return judged
+
+
+def next_logprobs(run: Run, who: JudgeConfig) -> judge.NextLogprobs:
+    """How the judging model reads decision tokens: through the rollout engine where that holds
+    its weights, through the trainer's second set of weights where only the trainer does."""
+    model, engine = run.model, run.engine
+    assert engine is not None
+    if who.model == "policy":
+        adapter = POLICY if model.uses_adapter else None
+    elif model.reference_engine is not None:
+        return ReferenceScorer(model)
+    else:
+        adapter = model.reference_adapter_name
+    return lambda prompts, tokens: engine.next_logprobs(prompts, tokens, adapter)
+
+
+def _check_decision_mass(config: Config, figures: dict[str, float]) -> None:
+    mass = figures.get("judge/mass", 1.0)
+    assert config.judge is not None
+    if config.judge.type == "self" and mass < config.judge.min_decision_mass:
+        raise ConfigError(
+            f"the judge puts P(A) + P(B) = {mass:.2f} on its decision tokens, less than "
+            f"judge.min_decision_mass = {config.judge.min_decision_mass}: train it with "
+            "method: jsft first"
+        )
+
+
+def sampler_gap(run: Run, episodes: Sequence[Episode]) -> tuple[float, float]:
+    """Drift between the sampler's log-probs and the trainer's on a few fresh rollouts.
+
+    A figure to watch, no proof of a sync: a few missed small steps do not move it.
+    """
+    rollouts = [(e, r) for e in episodes for r in e.rollouts if len(r.token_ids)][:4]
+    examples = [
+        Example((Stream.of("gap", e.prompt_ids, r.token_ids),), 1.0, e.source) for e, r in rollouts
+    ]
+    if not examples:
+        # Every rank takes part in the forward pass, also one that sampled nothing but silence.
+        ids = np.array([0, 1], dtype=np.int32)
+        examples = [Example((Stream.of("gap", ids[:1], ids[1:]),), 0.0, "")]
+    batch = make_batch(examples).to(run.model.device)
+    run.model.engine.eval()
+    with torch.no_grad():
+        logprob, _ = run.model.engine(batch)
+    run.model.engine.train()
+    if not rollouts:
+        return 0.0, 0.0
+    return drift([r.logprobs for _, r in rollouts], logprob.float().cpu().numpy())
+
+
+def _gather_objects(mine: list[Any]) -> list[list[Any]]:
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+@contextlib.contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    timings[name] = time.monotonic() - started
+
+
+class ReferenceScorer:
+    """Next-token log-probs by the trainer's frozen second set of weights (full fine-tuning).
+
+    Called with (prompts, token_ids) -> float32 [len(prompts), len(token_ids)]; collective, for
+    under ZeRO-3 every rank takes part in every forward pass.
+    """
+
+    # Sequences in one forward pass: a count, not a token budget, so that ranks agree on it.
+    SEQUENCES = 16
+
+    def __init__(self, model: TrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
+        # One stream for each candidate token: its log-prob is the one target of the stream.
+        mine = [(prompt, token) for prompt in prompts for token in token_ids]
+        out = np.zeros(len(mine), dtype=np.float32)
+        parts: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(parts, len(mine))
+        most = max(parts)
+        examples = [self._example(prompt, token) for prompt, token in mine]
+        filler = self._example(np.array([0], dtype=np.int32), 0)
+        examples += [filler] * (most - len(examples))
+        for start in range(0, most, self.SEQUENCES):
+            chunk = examples[start : start + self.SEQUENCES]
+            batch = make_batch(chunk).to(self.model.device)
+            with self.model.reference() as forward:
+                logprob, _ = forward(batch)
+            got = logprob.float().cpu().numpy()
+            out[start : start + self.SEQUENCES] = got[: max(len(mine) - start, 0)]
+        return out.reshape(len(prompts), len(token_ids))
+
+    @staticmethod
+    def _example(prompt: np.ndarray, token: int) -> Example:
+        return Example((Stream.of("judge", prompt, np.array([token], dtype=np.int32)),), 1.0, "judge")

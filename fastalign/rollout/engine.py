@@ -1,0 +1,154 @@
+"""The protocol between the trainer and whatever samples for it.
+
+An engine holds one set of base weights and any number of named adapters, each at a version.  It
+takes and returns token ids: text never crosses this seam, so what was sampled is what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+# vLLM silently raises smaller temperatures to this one, which would be another policy than asked for.
+MIN_TEMPERATURE = 0.01
+
+
+class EngineError(RuntimeError):
+    """The engine failed, hung or holds other weights than it was sent."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn; temperature and top-p define the behaviour policy.
+
+    Attributes:
+        max_new_tokens: at most so many tokens are sampled.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_p: only the fewest most probable tokens whose probabilities, after the temperature, sum
+            to at least this are sampled.
+        stop_token_ids: sampling one of these ends the completion.  Nothing else does: the engine
+            adds no end token of its own.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}: it must be 0 (greedy) or at least "
+                f"{MIN_TEMPERATURE}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        token_ids: int32 [L]; ends with a stop token only if the model produced one.
+        logprobs: float32 [L]; log p of each token under the untempered, untruncated softmax.
+        finish_reason: "stop" (a stop token was sampled) or "length".
+        weight_version: version of the weights or adapter that sampled it.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One weight transfer, proven by content."""
+
+    version: int
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+def check_prompts(
+    prompts: Sequence[np.ndarray], new_tokens: int, max_model_len: int, vocab_size: int
+) -> None:
+    """Refuse prompts that an engine would cut short, answer wrongly or die on.
+
+    Raises:
+        ValueError: a prompt is no vector of integers, is empty, holds an id outside the vocabulary,
+            or leaves no room for ``new_tokens``.
+    """
+    for index, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            raise ValueError(
+                f"prompt {index} has shape {prompt.shape} and dtype {prompt.dtype}: "
+                "it must be a vector of token ids"
+            )
+        if prompt.size == 0:
+            raise ValueError(f"prompt {index} is empty: it must hold at least one token")
+        if prompt.size + new_tokens > max_model_len:
+            raise ValueError(
+                f"prompt {index} has {prompt.size} tokens and {new_tokens} more are asked for: "
+                f"the engine was made for {max_model_len} (max_model_len)"
+            )
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(f"prompt {index} holds a token id outside 0..{vocab_size - 1}")
+
+
+class RolloutEngine(Protocol):
+    """What the trainer asks of a sampler.  Every call is local to the calling rank."""
+
+    name: str
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        adapter: str | None = None,
+    ) -> list[Rollout]:
+        """Sample one completion for each prompt (int32 [P_i]); seeds[i] decides the draw.
+
+        Several samples of one prompt are several entries with their own seeds; the engine's
+        prefix cache shares the prompt.
+        """
+
+    def next_logprobs(
+        self,
+        prompts: Sequence[np.ndarray],
+        token_ids: Sequence[int],
+        adapter: str | None = None,
+    ) -> np.ndarray:
+        """float32 [len(prompts), len(token_ids)]: log p(token | prompt), full raw softmax."""
+
+    def load_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
+    ) -> SyncReport:
+        """Replace the base weights; ``names`` are the trainer's own, ``tensors`` is consumed once.
+
+        Raises:
+            EngineError: a tensor is missing, extra, of another shape, or differs from what was sent.
+        """
+
+    def load_adapter(
+        self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], version: int
+    ) -> SyncReport:
+        """Replace the adapter ``name`` (tensors and config as PEFT saves them)."""
+
+    def sleep(self) -> None:
+        """Give up device memory until :meth:`wake`."""
+
+    def wake(self) -> None:
+        """Take the memory back; prefix caches start empty."""
+
+    def close(self) -> None:
+        """Release everything."""

@@ -1,0 +1,538 @@
+"""The embedded engine: a replica of the model inside the trainer's process, decoded in batches.
+
+It needs nothing but transformers, runs wherever the trainer runs, and is the reference that other
+engines are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from fastalign.config import RolloutConfig
+from fastalign.rollout.engine import (
+    EngineError,
+    Rollout,
+    SamplingSettings,
+    SyncReport,
+    check_prompts,
+)
+from fastalign.rollout.sync import Fingerprint, fingerprint, verify
+
+# Padded tokens of one prompt pass: bounds its activations, whatever max_num_seqs is.
+_PREFILL_TOKENS = 32768
+# Tokens by which a cache layer grows: each growth copies the layer once.
+_ROOM = 64
+# Candidates looked at first for top-p; rows whose nucleus is larger are sorted in full.
+_TOP_CANDIDATES = 1024
+
+
+class HfEngine:
+    """Samples from a replica of the model with a key-value cache; see :class:`RolloutEngine`.
+
+    Requests are sorted by prompt length and run ``max_num_seqs`` at a time.  Prompts are padded on
+    the left, equal prompts are computed once, and rows that finished leave the batch at once.  Each
+    request draws from numbers that its seed alone decides: what it samples depends on the other
+    requests only through the rounding of batched matrix products.
+
+    Weights are proven by content: after a transfer the replica's own parameters are read back.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: RolloutConfig,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the replica.
+
+        Args:
+            model_path: model folder or hub name, as transformers loads it.
+            dtype: of parameters and arithmetic.
+            max_model_len: most tokens of prompt and completion together.
+
+        Raises:
+            EngineError: DeepSpeed ZeRO-3 is set up already and would shard the replica.
+        """
+        if is_deepspeed_zero3_enabled():
+            raise EngineError(
+                "the embedded engine must be made before HfDeepSpeedConfig: transformers would "
+                "shard its replica over the ranks"
+            )
+        self._device = torch.device(device)
+        self._config = config
+        self._max_model_len = max_model_len
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        self._model = model.to(self._device).eval().requires_grad_(False)
+        self._vocab_size = model.config.get_text_config().vocab_size
+        # Taken before any adapter renames them: PEFT keeps the same parameter objects.
+        self._parameters = dict(self._model.named_parameters())
+        self._peft: Any = None
+        self._adapters: dict[str, int] = {}
+        self._version = 0
+        self._failure: str | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        adapter: str | None = None,
+    ) -> list[Rollout]:
+        """Sample one completion for each prompt; see :class:`RolloutEngine`."""
+        self._check_usable(adapter)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
+        check_prompts(prompts, settings.max_new_tokens, self._max_model_len, self._vocab_size)
+        version = self._version if adapter is None else self._adapters[adapter]
+        results: list[Rollout | None] = [None] * len(prompts)
+        with torch.inference_mode(), self._using(adapter):
+            for rows in self._batches(prompts):
+                uniforms = _uniforms([seeds[i] for i in rows], settings.max_new_tokens)
+                batch = self._sample([prompts[i] for i in rows], uniforms, settings, version)
+                for row, rollout in zip(rows, batch, strict=True):
+                    results[row] = rollout
+        return [rollout for rollout in results if rollout is not None]
+
+    def next_logprobs(
+        self,
+        prompts: Sequence[np.ndarray],
+        token_ids: Sequence[int],
+        adapter: str | None = None,
+    ) -> np.ndarray:
+        """float32 [len(prompts), len(token_ids)]; see :class:`RolloutEngine`."""
+        self._check_usable(adapter)
+        check_prompts(prompts, 0, self._max_model_len, self._vocab_size)
+        result = np.empty((len(prompts), len(token_ids)), dtype=np.float32)
+        wanted = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+        with torch.inference_mode(), self._using(adapter):
+            for rows in self._batches(prompts):
+                unique, source_B = _distinct([prompts[i] for i in rows])
+                ids_UP, mask_UP = self._pad(unique)
+                logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache=None)
+                logp_UK = logits_UV.log_softmax(dim=-1)[:, wanted].cpu().numpy()
+                result[rows] = logp_UK[source_B]
+        return result
+
+    def load_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
+    ) -> SyncReport:
+        """Copy the trainer's weights into the replica and read the replica back.
+
+        A failed transfer leaves the replica unusable until a whole one succeeds.  ``tensors`` is
+        consumed to its end even after a bad one, because other ranks may take part in it.
+
+        Raises:
+            EngineError: see :class:`RolloutEngine`.
+        """
+        start = time.perf_counter()
+        self._failure = f"the transfer of version {version} did not finish"
+        sent: dict[str, Fingerprint] = {}
+        misshapen: list[str] = []
+        size = 0
+        with torch.no_grad():
+            for name, tensor in tensors:
+                parameter = self._parameters.get(name)
+                if parameter is None:
+                    sent[name] = fingerprint(tensor)
+                elif parameter.shape != tensor.shape:
+                    sent[name] = fingerprint(tensor)
+                    misshapen.append(f"{name} {tuple(tensor.shape)} for {tuple(parameter.shape)}")
+                else:
+                    tensor = tensor.to(device=parameter.device, dtype=parameter.dtype)
+                    sent[name] = fingerprint(tensor)
+                    _place(parameter, tensor)
+                    size += tensor.numel() * tensor.element_size()
+        if misshapen:
+            raise EngineError(
+                f"{len(misshapen)} tensors of another shape than the model's, the first: "
+                f"{misshapen[0]}"
+            )
+        received = {name: fingerprint(p) for name, p in self._parameters.items() if name in sent}
+        verify(sent, received, names)
+        verify(sent, received, frozenset(self._parameters))
+        self._failure = None
+        self._version = version
+        return SyncReport(version, len(sent), size, time.perf_counter() - start)
+
+    def load_adapter(
+        self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], version: int
+    ) -> SyncReport:
+        """Put a LoRA adapter beside the base, unmerged and in the dtype that it is sent in.
+
+        Raises:
+            EngineError: the configuration is no LoRA's, or the adapter that the model then holds
+                differs from what was sent.
+        """
+        start = time.perf_counter()
+        self._adapters.pop(name, None)
+        with torch.no_grad():
+            self._install(name, config)
+            _receive_adapter(self._peft, name, tensors)
+        held = _adapter_tensors(self._peft, name)
+        sent: dict[str, Fingerprint] = {}
+        size = 0
+        for key, tensor in tensors.items():
+            like = held.get(key, tensor)
+            tensor = tensor.to(device=like.device, dtype=like.dtype)
+            sent[key] = fingerprint(tensor)
+            size += tensor.numel() * tensor.element_size()
+        verify(sent, {key: fingerprint(t) for key, t in held.items()}, frozenset(tensors))
+        self._adapters[name] = version
+        return SyncReport(version, len(sent), size, time.perf_counter() - start)
+
+    def sleep(self) -> None:
+        """Move the replica to host memory.  On a CPU there is nothing to give up."""
+        if self._device.type != "cpu":
+            self._model.to("cpu")
+            torch.accelerator.empty_cache()
+
+    def wake(self) -> None:
+        """Move the replica back to its device."""
+        self._model.to(self._device)
+
+    def close(self) -> None:
+        """Let go of the replica; every later call raises :class:`EngineError`."""
+        self._failure = "the engine was closed"
+        self._model = self._peft = None
+        self._parameters = {}
+        self._adapters = {}
+        if self._device.type != "cpu":
+            torch.accelerator.empty_cache()
+
+    def _check_usable(self, adapter: str | None) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the embedded engine holds no known weights: {self._failure}")
+        if adapter is not None and adapter not in self._adapters:
+            raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
+
+    @contextmanager
+    def _using(self, adapter: str | None) -> Iterator[None]:
+        """Answer as ``adapter``, or as the base alone."""
+        if adapter is not None:
+            self._peft.set_adapter(adapter)
+            yield
+        else:
+            with self._peft.disable_adapter() if self._peft is not None else nullcontext():
+                yield
+
+    def _install(self, name: str, config: Mapping[str, Any]) -> None:
+        """Make room for adapter ``name``; the same configuration again keeps the modules."""
+        from peft import LoraConfig, PeftConfig, PeftModel
+
+        parsed = PeftConfig.from_peft_type(**config)
+        if not isinstance(parsed, LoraConfig):
+            raise EngineError(f"adapter {name!r} is of type {parsed.peft_type}: LoRA is supported")
+        parsed.inference_mode = True
+        if self._peft is None:
+            self._peft = PeftModel(self._model, parsed, name, autocast_adapter_dtype=False)
+            return
+        held = self._peft.peft_config.get(name)
+        if held is not None and held.to_dict() == parsed.to_dict():
+            return
+        if held is not None:
+            self._peft.delete_adapter(name)
+        self._peft.add_adapter(name, parsed, autocast_adapter_dtype=False)
+
+    def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[list[int]]:
+        """Indices of requests that run together: equal prompts side by side, similar lengths."""
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i].size, prompts[i].tobytes()))
+        rows: list[int] = []
+        distinct = 0
+        for index in order:
+            prompt = prompts[index]
+            new = not rows or not np.array_equal(prompts[rows[-1]], prompt)
+            # The prompt at hand is the longest so far: all are padded to it.
+            full = (distinct + new) * prompt.size > _PREFILL_TOKENS
+            if rows and (len(rows) == self._config.max_num_seqs or full):
+                yield rows
+                rows, distinct, new = [], 0, True
+            rows.append(index)
+            distinct += new
+        if rows:
+            yield rows
+
+    def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts as int64 [U, P] with padding on the left, and the mask of what is real."""
+        length = max(prompt.size for prompt in prompts)
+        ids_UP = np.zeros((len(prompts), length), dtype=np.int64)
+        mask_UP = np.zeros_like(ids_UP)
+        for row, prompt in enumerate(prompts):
+            ids_UP[row, length - prompt.size :] = prompt
+            mask_UP[row, length - prompt.size :] = 1
+        return (
+            torch.from_numpy(ids_UP).to(self._device),
+            torch.from_numpy(mask_UP).to(self._device),
+        )
+
+    def _forward(
+        self,
+        ids_BN: torch.Tensor,
+        mask_BL: torch.Tensor,
+        positions_BN: torch.Tensor,
+        cache: DynamicCache | None,
+    ) -> torch.Tensor:
+        """float32 logits [B, V] after the last token."""
+        output = self._model(
+            input_ids=ids_BN,
+            attention_mask=mask_BL,
+            position_ids=positions_BN,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def _sample(
+        self,
+        prompts: Sequence[np.ndarray],
+        uniforms_BT: torch.Tensor,
+        settings: SamplingSettings,
+        version: int,
+    ) -> list[Rollout]:
+        """Completions of one batch, in its order."""
+        unique, source_B = _distinct(prompts)
+        ids_UP, mask_UP = self._pad(unique)
+        cache = _new_cache(self._model.config)
+        logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache)
+
+        device = self._device
+        rows_B = torch.from_numpy(source_B).to(device)
+        logits_BV, mask_BL = logits_UV[rows_B], mask_UP[rows_B]
+        if len(unique) < len(prompts):
+            cache.batch_select_indices(rows_B)
+        position_B = mask_BL.sum(dim=-1)
+        uniforms_BT = uniforms_BT.to(device)
+        stops = torch.tensor(settings.stop_token_ids, dtype=torch.int64, device=device)
+        limit = settings.max_new_tokens
+        tokens_BT = torch.zeros(len(prompts), limit, dtype=torch.int32, device=device)
+        logprobs_BT = torch.zeros(len(prompts), limit, dtype=torch.float32, device=device)
+        length_B = torch.full((len(prompts),), limit, device=device)
+        stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        # Rows still running, by their index in the batch; the tensors below hold these rows alone.
+        alive_R = torch.arange(len(prompts), device=device)
+        for step in range(limit):
+            token_R, logprob_R = _draw(logits_BV, uniforms_BT[alive_R, step], settings)
+            tokens_BT[alive_R, step] = token_R.to(torch.int32)
+            logprobs_BT[alive_R, step] = logprob_R
+            done_R = torch.isin(token_R, stops)
+            length_B[alive_R[done_R]] = step + 1
+            stopped_B[alive_R[done_R]] = True
+            if step + 1 == limit:
+                break
+            if done_R.any():
+                keep = _close_gaps(~done_R)
+                if keep.numel() == 0:
+                    break
+                cache.batch_select_indices(keep)
+                alive_R, token_R, mask_BL = alive_R[keep], token_R[keep], mask_BL[keep]
+                position_B = position_B[keep]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], dim=-1)
+            logits_BV = self._forward(token_R[:, None], mask_BL, position_B[:, None], cache)
+            position_B = position_B + 1
+
+        lengths, stopped = length_B.tolist(), stopped_B.tolist()
+        tokens, logprobs = tokens_BT.cpu().numpy(), logprobs_BT.cpu().numpy()
+        return [
+            Rollout(
+                token_ids=tokens[row, : lengths[row]].copy(),
+                logprobs=logprobs[row, : lengths[row]].copy(),
+                finish_reason="stop" if stopped[row] else "length",
+                weight_version=version,
+            )
+            for row in range(len(prompts))
+        ]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with spare room: a step writes one token instead of copying the whole layer.
+
+    ``keys`` and ``values`` stay views of what is filled, so everything that reads them holds.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = (_roomy(key_states), _roomy(value_states))
+            self._show(*key_states.shape[:1], key_states.shape[-2])
+            return self.keys, self.values
+        filled = self.keys.shape[-2]
+        end = filled + key_states.shape[-2]
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = (_roomy(self.keys), _roomy(self.values))
+        rows = len(key_states)
+        self._buffers[0][:rows, :, filled:end] = key_states
+        self._buffers[1][:rows, :, filled:end] = value_states
+        self._show(rows, end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        rows, filled = len(indices), self.keys.shape[-2]
+        if rows > len(self.keys):
+            self._buffers = (_roomy(self.keys[indices]), _roomy(self.values[indices]))
+        else:
+            # See _close_gaps: only rows that fill a gap move.
+            moved = (indices != torch.arange(rows, device=indices.device)).nonzero()[:, 0]
+            if moved.numel():
+                for buffer in self._buffers:
+                    buffer[moved, :, :filled] = buffer[indices[moved], :, :filled]
+        self._show(rows, filled)
+
+    def _show(self, rows: int, filled: int) -> None:
+        self.keys = self._buffers[0][:rows, :, :filled]
+        self.values = self._buffers[1][:rows, :, :filled]
+
+
+def _roomy(states: torch.Tensor) -> torch.Tensor:
+    """``states`` [B, H, L, D] at the start of a buffer with room for more tokens."""
+    rows, heads, length, width = states.shape
+    buffer = states.new_empty(rows, heads, length + _ROOM, width)
+    buffer[:, :, :length] = states
+    return buffer
+
+
+def _new_cache(config: Any) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    # Sliding windows and recurrent states keep transformers' own layers.
+    cache.layers = [_RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
+def _close_gaps(keep_R: torch.Tensor) -> torch.Tensor:
+    """Indices of the kept rows, arranged so that as few as possible change their place.
+
+    Kept rows among the first n = keep.sum() stay where they are, and each gap there takes one of the
+    kept rows behind: [1, 0, 1, 1, 0] gives [0, 3, 2].
+    """
+    rows = torch.arange(len(keep_R), device=keep_R.device)
+    count = int(keep_R.sum())
+    arranged = rows[:count].clone()
+    arranged[~keep_R[:count]] = rows[count:][keep_R[count:]]
+    return arranged
+
+
+def _place(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+    parameter.copy_(tensor)
+
+
+def _receive_adapter(peft_model: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy ``tensors`` into adapter ``name`` and take over their dtype."""
+    from peft import set_peft_model_state_dict
+
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1:
+        raise EngineError(f"adapter {name!r} was sent in the dtypes {dtypes}: it must have one")
+    (dtype,) = dtypes
+    for module in peft_model.modules():
+        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            held = getattr(module, group, None)
+            if held is not None and name in held:
+                held[name].data = held[name].data.to(dtype) if isinstance(
+                    held, torch.nn.ParameterDict
+                ) else held[name].to(dtype).weight.data
+    set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=name)
+
+
+def _adapter_tensors(peft_model: Any, name: str) -> dict[str, torch.Tensor]:
+    """What the model holds of adapter ``name``, under the names that PEFT saves."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+
+
+def _distinct(prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """The different prompts (equal ones stand side by side) and, for each request, which is its."""
+    unique: list[np.ndarray] = []
+    source_B = np.empty(len(prompts), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        if not unique or not np.array_equal(unique[-1], prompt):
+            unique.append(prompt)
+        source_B[row] = len(unique) - 1
+    return unique, source_B
+
+
+def _positions(mask_UP: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its own prompt; padding gets 0, which nothing attends to."""
+    return (mask_UP.cumsum(dim=-1) - 1).clamp_(min=0)
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """float64 [len(seeds), count] in [0, 1): a request's draws, from its own generator."""
+    generator = torch.Generator()
+    return torch.stack(
+        [
+            torch.rand(count, generator=generator.manual_seed(seed), dtype=torch.float64)
+            for seed in seeds
+        ]
+    )
+
+
+def _draw(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, settings: SamplingSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token [B] by inversion of the distribution function, and its raw log-prob [B].
+
+    The token is the first one in the order of the vocabulary (with top-p: in falling order of
+    probability) at which the running sum of the probabilities exceeds u times their total.
+    """
+    logp_BV = logits_BV.log_softmax(dim=-1)
+    if settings.temperature == 0:
+        token_B = logits_BV.argmax(dim=-1)
+    else:
+        if settings.temperature == 1:
+            p_BV = logp_BV.exp()
+        else:
+            p_BV = (logits_BV / settings.temperature).softmax(dim=-1)
+        if settings.top_p < 1:
+            token_B = _draw_nucleus(p_BV, uniform_B, settings.top_p)
+        else:
+            token_B = _invert(p_BV, uniform_B)
+    return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def _draw_nucleus(p_BV: torch.Tensor, uniform_B: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Draw from the fewest most probable tokens whose probabilities sum to at least ``top_p``."""
+    kept_BK, ids_BK = p_BV.topk(min(_TOP_CANDIDATES, p_BV.shape[-1]), dim=-1)
+    token_B = ids_BK.gather(-1, _invert(_nucleus(kept_BK, top_p), uniform_B)[:, None])[:, 0]
+    # Where the candidates do not reach top_p the nucleus is larger than they are.
+    wide = (kept_BK.sum(dim=-1, dtype=torch.float64) < top_p).nonzero()[:, 0]
+    if wide.numel() and kept_BK.shape[-1] < p_BV.shape[-1]:
+        kept_WV, ids_WV = p_BV[wide].sort(dim=-1, descending=True)
+        place_W = _invert(_nucleus(kept_WV, top_p), uniform_B[wide])
+        token_B[wide] = ids_WV.gather(-1, place_W[:, None])[:, 0]
+    return token_B
+
+
+def _nucleus(sorted_BK: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero what lies outside: a token stays while the sum before it is below ``top_p``."""
+    sums_BK = sorted_BK.cumsum(dim=-1, dtype=torch.float64)
+    return sorted_BK.where(sums_BK - sorted_BK < top_p, 0)
+
+
+def _invert(p_BK: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """First index [B] whose running sum of ``p`` exceeds uniform times the sum of all."""
+    sums_BK = p_BK.cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = sums_BK[:, -1:]
+    target_B1 = uniform_B[:, None] * total_B1
+    # Rounding can lift the product to the total, behind which there is no token.
+    target_B1 = torch.minimum(target_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    return torch.searchsorted(sums_BK, target_B1, right=True)[:, 0]

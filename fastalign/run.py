@@ -1,0 +1,45 @@
+"""What the parts of one run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from fastalign.config import Config
+from fastalign.methods import Method, Metrics
+from fastalign.model import TrainedModel
+from fastalign.rollout import RolloutEngine
+from fastalign.templates import Renderer
+from fastalign.tracking import Tracker
+
+
+@dataclass
+class Run:
+    """What the steps of a run share."""
+
+    config: Config
+    method: Method
+    tokenizer: PreTrainedTokenizerBase
+    model: TrainedModel
+    engine: RolloutEngine | None
+    renderers: list[Renderer]
+    tracker: Tracker
+    rank: int
+    world_size: int
+    version: int = 0
+
+
+def reduce_metrics(sums: Metrics) -> dict[str, float]:
+    """Sum over ranks, then divide: exact means over the whole batch.  Empty ones are left out."""
+    names = sorted(sums)
+    table = torch.stack([sums[name].double() for name in names])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return {
+        name: (value / count).item()
+        for name, (value, count) in zip(names, table, strict=True)
+        if count != 0
+    }

@@ -1,0 +1,647 @@
+"""Messages become token ids: chat templates, text templates, judged prompts, judge prompts.
+
+Every wording is data: :data:`TEMPLATES` and :class:`JudgeTemplate` below, or a YAML file with the
+same keys.  The code holds one rule for all of them: a prompt is always a token prefix of whatever
+continues it, and what a row trains on begins exactly where the prompt ends.  A template that breaks
+the rule for a row is an error that names the row, never a shifted mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+
+from fastalign.config import ConfigError, read_yaml
+from fastalign.data import Message, RowError, Stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+
+NO_ANSWER = "completion: empty"
+NO_ROOM = "max_length: the prompt leaves no room for an answer"
+CUT_OFF = "max_length: nothing that is trained on is left after truncation"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts are worded.  The keys of a YAML template file are these fields.
+
+    With ``format: chat`` the messages, worded as below, go through the tokenizer's chat template.
+    With ``format: text`` they are joined as they stand: the system text and a blank line, each user
+    turn, ``response`` with the answer and the tokenizer's end-of-sequence token, ``separator``
+    before the next turn.
+    """
+
+    format: Literal["chat", "text"] = "chat"
+    system: str = ""
+    """System text when the dialogue brings none; empty: none."""
+    prompt: str = "{instruction}"
+    """Every user turn; {instruction} is its text."""
+    judged_system: str | None = None
+    """As ``system`` where a judgment is shown; null: the same text."""
+    judged_prompt: str = (
+        "### Instruction\n{instruction}\n\n"
+        "### Judgment of the response\n{judgment}\n\n"
+        "Write the response to the instruction that this judgment describes."
+    )
+    """The last user turn where a judgment is shown (arXiv 2312.14591, section 3)."""
+    response: str = ""
+    """Text format: what opens an answer."""
+    separator: str = ""
+    """Text format: what stands between an answer and the next turn."""
+
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {
+        "prompt": ("instruction",),
+        "judged_prompt": ("instruction", "judgment"),
+    }
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """How two answers are put before a judge, C(x, a, b) of arXiv 2402.11253, section 3.1.
+
+    The assistant's turn is opened with ``decision``, so that the next token is the verdict.
+    """
+
+    system: str = "You compare two responses to the same conversation and say which one is better."
+    """System text without a principle; empty: none."""
+    principle_system: str = (
+        "You compare two responses to the same conversation and say which one is better, "
+        "judging by this principle alone: {principle}"
+    )
+    """System text when one principle is judged."""
+    prompt: str = (
+        "### Conversation\n{dialogue}\n\n### Response A\n{a}\n\n### Response B\n{b}\n\n"
+        "Which response is better? Answer with A or B."
+    )
+    """The question; {dialogue} is the prompt's text, or its turns with their roles."""
+    decision: str = "The better response is"
+    """What the assistant has said already; empty: the verdict is its first token."""
+
+    placeholders: ClassVar[dict[str, tuple[str, ...]]] = {
+        "principle_system": ("principle",),
+        "prompt": ("dialogue", "a", "b"),
+    }
+
+
+TEMPLATES: Mapping[str, Template] = {
+    "chat": Template(),
+    "alpaca": Template(
+        format="text",
+        system="Here is an instruction. Write a response that carries it out.",
+        prompt="### Instruction:\n{instruction}\n\n",
+        judged_system=(
+            "Here are an instruction and a judgment of a response to it. "
+            "Write the response that the judgment describes."
+        ),
+        judged_prompt="### Instruction:\n{instruction}\n\n### Judgment:\n{judgment}\n\n",
+        response="### Response:\n",
+        separator="\n\n",
+    ),
+}
+
+_RESERVED = (
+    "conversation", "messages", "tools", "tokenize", "add_generation_prompt",
+    "continue_final_message", "return_tensors", "return_dict", "chat_template",
+)  # fmt: skip
+_PROBE = "kqzvprobe"
+# What a template's own code may raise on messages that it was not written for.
+_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+class Renderer:
+    """Token ids of prompts, answers and dialogues for one tokenizer and one template.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        template: "chat", "alpaca" or the path of a YAML file with the keys of :class:`Template`;
+            None is "chat".
+        chat_template_kwargs: Passed on to the tokenizer's chat template.
+        judge_template: Path of a YAML file with the keys of :class:`JudgeTemplate`.
+        eos_ids: Further token ids that end a turn, those of the model's generation config.
+
+    Attributes:
+        eos_ids: Every token id that ends a turn.
+
+    Raises:
+        ConfigError: no chat template to use, or one that does not show the assistant's text; a
+            template file with unknown keys or placeholders; a tokenizer without an end token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        judge_template: str | None = None,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = load_template(template)
+        self.judge = load_judge_template(judge_template)
+        self._kwargs = dict(chat_template_kwargs or {})
+        self._bos: list[int] = []
+        if self.template.format == "chat":
+            self._check_chat()
+        else:
+            self._check_text()
+        self._shows_system = self._find_system_turn()
+        # The text that a template puts behind an answer, and how much of it the answer ends with.
+        self._suffix, self._turn_end = self._find_turn_end()
+        end_id = tokenizer.eos_token_id
+        if self._turn_end:
+            end_id = self._tokenize(self._turn_end)[-1]
+        if end_id is None:
+            raise ConfigError(
+                f"{self._name()}: the template puts no special token behind an answer and the "
+                "tokenizer has no eos_token: an answer would have no end"
+            )
+        self._end_id = int(end_id)
+        known = {self._end_id, *eos_ids}
+        if tokenizer.eos_token_id is not None:
+            known.add(tokenizer.eos_token_id)
+        self.eos_ids = frozenset(int(token) for token in known)
+
+    # --- prompts ---
+
+    def prompt_ids(self, messages: Messages, tools: Tools = None) -> np.ndarray:
+        """The prompt up to where the assistant begins to answer, int32 [P].
+
+        Raises:
+            RowError: the template cannot show these messages.
+        """
+        return self._encode(self._render(self._worded(messages), tools, open_answer=True))
+
+    def judged_prompt_ids(
+        self,
+        messages: Messages,
+        judgment: str,
+        tools: Tools = None,
+    ) -> np.ndarray:
+        """The prompt that also shows the judgment of the answer to come, int32 [P].
+
+        The last user turn is reworded by the template's ``judged_prompt``.  Followed by the
+        completion ids of the plain prompt it is the judged stream of CUT (arXiv 2312.14591).
+
+        Raises:
+            RowError: there is no user turn, or the template cannot show these messages.
+        """
+        worded = self._worded(messages, judgment)
+        return self._encode(self._render(worded, tools, open_answer=True))
+
+    def judge_prompt_ids(
+        self,
+        messages: Messages,
+        a: str,
+        b: str,
+        principle: str | None = None,
+        tools: Tools = None,
+    ) -> np.ndarray:
+        """The question which of two answers is better, up to the decision token, int32 [P].
+
+        C(x, a, b) of arXiv 2402.11253; the next token is one of :meth:`decision_ids`.
+
+        Raises:
+            RowError: the chat template cannot show the question (no system turn, for example).
+        """
+        return self._encode(self._judge_text(messages, a, b, principle, tools))
+
+    def decision_ids(self, tokens: Sequence[str] = (" A", " B")) -> tuple[int, int]:
+        """The ids of the two verdicts, as the tokenizer writes them behind the judge prompt.
+
+        Raises:
+            ConfigError: a verdict is not one token there, or both are the same one.
+        """
+        text = self._judge_text([{"role": "user", "content": "x"}], "y", "z", None, None)
+        before = self._encode(text)
+        ids: list[int] = []
+        for token in tokens:
+            after = self._encode(text + token)
+            if len(after) != len(before) + 1 or not np.array_equal(after[:-1], before):
+                raise ConfigError(
+                    f"judge.decision_tokens = {list(tokens)}: {token!r} after {text[-24:]!r} is "
+                    "not one token of its own for this tokenizer: choose other texts (and name "
+                    "them so in judge.template), usually with their leading space"
+                )
+            ids.append(int(after[-1]))
+        if len(ids) != 2 or ids[0] == ids[1]:
+            raise ConfigError(
+                f"judge.decision_tokens = {list(tokens)}: token ids {ids}: want two different ones"
+            )
+        return ids[0], ids[1]
+
+    # --- answers ---
+
+    def completion(
+        self,
+        messages: Messages,
+        completion: str,
+        tools: Tools = None,
+        source: str = "",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt ids, completion ids), int32 [P] and [C], the turn's end token included.
+
+        What the template writes behind the end token (a line feed, usually) is cut.
+
+        Raises:
+            RowError: naming ``source``: the prompt is no prefix of prompt and answer, the answer
+                holds an end token, or the template cannot show these messages.
+        """
+        worded = self._worded(messages)
+        answer = {"role": "assistant", "content": completion}
+        before = self._render(worded, tools, open_answer=True, source=source)
+        after = self._render([*worded, answer], tools, open_answer=False, source=source)
+        prompt_ids = self._encode(before)
+        ids = self._extend(prompt_ids, before, self._to_turn_end(after, source), source)
+        completion_ids = ids[len(prompt_ids) :]
+        if not self._turn_end:
+            completion_ids = np.append(completion_ids, np.int32(self._end_id))
+        self._check_one_end(completion_ids, completion, source)
+        return prompt_ids, completion_ids
+
+    def conversation(
+        self,
+        messages: Messages,
+        tools: Tools = None,
+        source: str = "",
+    ) -> Stream:
+        """A whole dialogue; targets are the assistant's turns with their end tokens.
+
+        Turns with ``"loss": false`` are shown and not trained on.  The stream ends with the last
+        target.
+
+        Raises:
+            RowError: naming ``source``: the template rewrites earlier turns as the dialogue grows,
+                so that what was trained on is not what later turns see; or no turn is trained on.
+        """
+        worded = self._worded(messages)
+        ids, text = np.zeros(0, np.int32), ""
+        spans: list[tuple[int, int]] = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or message.get("loss") is False:
+                continue
+            # The template's system text may stand before the first message.
+            upto = i + len(worded) - len(messages)
+            before = self._render(worded[:upto], tools, open_answer=True, source=source)
+            after = self._render(worded[: upto + 1], tools, open_answer=False, source=source)
+            after = self._to_turn_end(after, source)
+            prompt_ids = self._extend(ids, text, before, source)
+            ids, text = self._extend(prompt_ids, before, after, source), after
+            self._check_one_end(ids[len(prompt_ids) :], message["content"], source)
+            spans.append((len(prompt_ids), len(ids)))
+        if not spans:
+            raise RowError(
+                f"{source}: field messages: no turn is trained on", "messages: no answer"
+            )
+        if not self._turn_end:
+            ids = np.append(ids, np.int32(self._end_id))
+            spans.append((len(ids) - 1, len(ids)))
+        mask = np.zeros(len(ids), np.bool_)
+        for start, end in spans:
+            mask[start:end] = True
+        return Stream("plain", ids, mask)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of completion ids, without special tokens."""
+        return self._decode([int(token) for token in ids], skip_special_tokens=True)
+
+    # --- rendering ---
+
+    def _worded(self, messages: Messages, judgment: str | None = None) -> list[Message]:
+        """The messages in the template's words; ``judgment`` goes into the last user turn."""
+        template = self.template
+        worded = [{k: v for k, v in message.items() if k != "loss"} for message in messages]
+        users = [i for i, message in enumerate(worded) if message["role"] == "user"]
+        if judgment is not None and not users:
+            raise RowError("field prompt: needs a user message", "prompt: no user message")
+        for i in users:
+            wording, values = template.prompt, {"instruction": worded[i]["content"]}
+            if judgment is not None and i == users[-1]:
+                wording, values = template.judged_prompt, values | {"judgment": judgment}
+            worded[i]["content"] = wording.format(**values)
+        system = template.system
+        if judgment is not None and template.judged_system is not None:
+            system = template.judged_system
+        if not worded or worded[0]["role"] not in ("system", "developer"):
+            self._open_with(system, worded)
+        return worded
+
+    def _open_with(self, system: str, messages: list[Message]) -> None:
+        """Put a system text of ours before the messages: a turn of its own, or the beginning of
+        the first user turn where the chat template knows no system turn (Gemma, Mistral)."""
+        if not system:
+            return
+        if self._shows_system:
+            messages.insert(0, {"role": "system", "content": system})
+            return
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is not None:
+            first["content"] = f"{system}\n\n{first['content']}"
+
+    def _judge_text(
+        self,
+        messages: Messages,
+        a: str,
+        b: str,
+        principle: str | None,
+        tools: Tools,
+    ) -> str:
+        judge = self.judge
+        system = judge.system
+        if principle is not None:
+            system = judge.principle_system.format(principle=principle)
+        question = judge.prompt.format(dialogue=_transcript(messages), a=a, b=b)
+        if self.template.format == "text":
+            question = self.template.prompt.format(instruction=question)
+        asked = [{"role": "user", "content": question}]
+        self._open_with(system, asked)
+        return self._render(asked, tools, open_answer=True) + judge.decision
+
+    def _render(
+        self,
+        messages: Messages,
+        tools: Tools,
+        *,
+        open_answer: bool,
+        source: str = "",
+    ) -> str:
+        where = f"{source}: " if source else ""
+        if self.template.format == "text":
+            return self._render_text(messages, tools, open_answer, where)
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=open_answer,
+                **self._kwargs,
+            )
+        except _TEMPLATE_FAILURES as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RowError(
+                f"{where}the chat template cannot show messages of roles {roles}: {error}",
+                "chat template: refuses the messages",
+            ) from None
+
+    def _render_text(
+        self,
+        messages: Messages,
+        tools: Tools,
+        open_answer: bool,
+        where: str,
+    ) -> str:
+        if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
+            raise RowError(
+                f"{where}a text template cannot show tools: set the dataset's template to chat",
+                "text template: tools",
+            )
+        template, parts = self.template, []
+        for i, message in enumerate(messages):
+            if i and messages[i - 1]["role"] == "assistant":
+                parts.append(template.separator)
+            if message["role"] == "assistant":
+                parts += [template.response, message["content"], self.tokenizer.eos_token]
+            elif message["role"] == "user":
+                parts.append(message["content"])
+            else:
+                parts.append(message["content"] + "\n\n")
+        if open_answer:
+            after_answer = bool(messages) and messages[-1]["role"] == "assistant"
+            parts += [template.separator if after_answer else "", template.response]
+        return "".join(parts)
+
+    # --- tokens ---
+
+    def _tokenize(self, text: str) -> list[int]:
+        # verbose=False: longer than the model's limit is not news before truncation.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Token ids of a rendered text.  A chat template writes its own BOS into the text."""
+        return np.asarray([*self._bos, *self._tokenize(text)], np.int32)
+
+    def _decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def _extend(self, ids: np.ndarray, before: str, after: str, source: str) -> np.ndarray:
+        """Ids of ``after`` that begin with ``ids``, the ids of ``before``."""
+        if not after.startswith(before):
+            pairs = enumerate(zip(before, after, strict=False))
+            at = next((i for i, (x, y) in pairs if x != y), len(after))
+            raise RowError(
+                f"{source}: the chat template does not continue its own prompt: from character "
+                f"{at} the prompt has {before[at : at + 24]!r} and the dialogue "
+                f"{after[at : at + 24]!r}: a template that rewrites earlier turns cannot be "
+                "trained on as one dialogue (give each answer as a row of its own)",
+                "chat template: the prompt is no prefix",
+            )
+        whole = self._encode(after)
+        if np.array_equal(whole[: len(ids)], ids):
+            return whole
+        # A token runs across the boundary (an answer that begins with a line feed, say).  A model
+        # that continues ``ids`` cannot produce it, so the rest is tokenised on its own, provided
+        # that this writes the same text: SentencePiece would put a space there.
+        joined = np.concatenate([ids, np.asarray(self._tokenize(after[len(before) :]), np.int32)])
+        texts = [self._decode(x, skip_special_tokens=False) for x in (joined, whole)]
+        if texts[0] != texts[1]:
+            pairs = enumerate(zip(ids, whole, strict=False))
+            at = next((i for i, (x, y) in pairs if x != y), len(whole))
+            have, want = (
+                self._decode(x[at : at + 3], skip_special_tokens=False) for x in (ids, whole)
+            )
+            raise RowError(
+                f"{source}: the tokens of the prompt are no prefix of those of the prompt and its "
+                f"answer: from token {at} on they read {have!r} and {want!r}",
+                "tokenizer: the prompt is no prefix",
+            )
+        return joined
+
+    def _to_turn_end(self, text: str, source: str) -> str:
+        """A rendered dialogue that ends with an answer, up to its end-of-turn token."""
+        if not text.endswith(self._suffix):
+            raise RowError(
+                f"{source}: the chat template ends this answer with {text[-24:]!r} and others "
+                f"with {self._suffix!r}",
+                "chat template: the answer has another end",
+            )
+        return text[: len(text) - len(self._suffix)] + self._turn_end
+
+    def _check_one_end(self, answer_ids: np.ndarray, answer: str, source: str) -> None:
+        """An end token inside would teach the model to stop there, and to go on after stopping."""
+        if self._end_id in answer_ids[:-1]:
+            end = self.tokenizer.convert_ids_to_tokens(self._end_id)
+            raise RowError(
+                f"{source}: field completion: value {answer[:60]!r}: must not hold the "
+                f"end-of-turn token {end!r}",
+                "completion: end-of-turn token inside",
+            )
+
+    def _find_system_turn(self) -> bool:
+        dialogue = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "x"}]
+        try:
+            return _PROBE in self._render(dialogue, None, open_answer=True)
+        except RowError:
+            return False
+
+    def _find_turn_end(self) -> tuple[str, str]:
+        """(text behind an answer, its part up to the first special token, "" if it has none)."""
+        if self.template.format == "text":
+            return self.tokenizer.eos_token, self.tokenizer.eos_token
+        dialogue = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": _PROBE},
+        ]
+        try:
+            text = self._render(self._worded(dialogue), None, open_answer=False)
+        except RowError as error:
+            raise ConfigError(f"{self._name()}: {error}") from None
+        _, found, suffix = text.rpartition(_PROBE)
+        if not found:
+            raise ConfigError(f"{self._name()}: the chat template does not show an answer's text")
+        special = set(self.tokenizer.all_special_tokens)
+        special |= {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        ends = [suffix.find(token) + len(token) for token in special if token and token in suffix]
+        return suffix, suffix[: min(ends)] if ends else ""
+
+    # --- checks of the settings ---
+
+    def _name(self) -> str:
+        return f"tokenizer {getattr(self.tokenizer, 'name_or_path', '') or 'without a name'}"
+
+    def _check_chat(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"{self._name()} has no chat template: set the dataset's template to 'alpaca' or "
+                "to a template file with format: text"
+            )
+        for name in self._kwargs:
+            if name in _RESERVED:
+                raise ConfigError(
+                    f"chat_template_kwargs.{name} is set by FastAlign itself: remove it"
+                )
+
+    def _check_text(self) -> None:
+        if self._kwargs:
+            raise ConfigError(
+                f"chat_template_kwargs has {', '.join(self._kwargs)}, but a text template takes "
+                "no arguments: remove them or set the dataset's template to chat"
+            )
+        if self.tokenizer.eos_token is None:
+            raise ConfigError(f"{self._name()} has no eos_token: an answer would have no end")
+        # A text template writes no BOS itself: the tokenizer's own habit decides.
+        frame = self.tokenizer("")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and frame[:1] == [bos] else []
+
+
+def _transcript(messages: Messages) -> str:
+    """The dialogue as text: a single user turn as it stands, else every turn with its role."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+
+
+def fit(prompt_ids: np.ndarray, completion_ids: np.ndarray, max_length: int) -> np.ndarray | str:
+    """The completion cut on the right to ``max_length`` tokens of prompt and completion.
+
+    Returns the ids (int32 [C'], C' >= 1), or the reason to drop the row when the prompt leaves no
+    room: a completion is never cut to nothing.  One that was sampled empty is a reason as well.
+    Streams that must keep equal completions are cut by their longest prompt.
+    """
+    if not len(completion_ids):
+        return NO_ANSWER
+    room = max_length - len(prompt_ids)
+    return completion_ids[:room] if room > 0 else NO_ROOM
+
+
+def fit_stream(stream: Stream, max_length: int) -> Stream | str:
+    """A dialogue cut on the right, or the reason to drop it when no target would be left."""
+    if len(stream) <= max_length:
+        return stream
+    targets = np.flatnonzero(stream.loss_mask[:max_length])
+    if not len(targets):
+        return CUT_OFF
+    end = int(targets[-1]) + 1
+    return Stream(stream.role, stream.input_ids[:end], stream.loss_mask[:end])
+
+
+# --- template files ----------------------------------------------------------------------------
+
+
+def load_template(name: str | None) -> Template:
+    """A built-in template by name, or one from a YAML file; None is "chat".
+
+    Raises:
+        ConfigError: no such name or file, unknown keys, wrong values or placeholders.
+    """
+    if name is None:
+        return TEMPLATES["chat"]
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"template {name!r} is neither a file nor one of {', '.join(map(repr, TEMPLATES))}"
+        )
+    template = _from_file(name, Template)
+    if template.format not in ("chat", "text"):
+        raise ConfigError(f"{name}: format = {template.format!r}: want 'chat' or 'text'")
+    if template.format == "chat" and (template.response or template.separator):
+        raise ConfigError(f"{name}: response and separator belong to format: text")
+    return template
+
+
+def load_judge_template(path: str | None) -> JudgeTemplate:
+    """The built-in judge template, or one from a YAML file.
+
+    Raises:
+        ConfigError: no such file, unknown keys, wrong values or placeholders.
+    """
+    return JudgeTemplate() if path is None else _from_file(path, JudgeTemplate)
+
+
+def _from_file(path: str, kind: type[Any]) -> Any:
+    values = read_yaml(path, "template")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            raise ConfigError(f"{path}: {name} is no key of a template: {hint}")
+        if not isinstance(value, str) and not (value is None and fields[name].default is None):
+            raise ConfigError(f"{path}: {name} = {value!r}: want text")
+    for name, wanted in kind.placeholders.items():
+        if name in values:
+            _check_placeholders(f"{path}: {name}", values[name], wanted)
+    return kind(**values)
+
+
+def _check_placeholders(name: str, text: str, wanted: Sequence[str]) -> None:
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error} (a brace of the text is written twice)") from None
+    found = {field for _, field, _, _ in parts if field is not None}
+    plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
+    if found != set(wanted) or not plain:
+        raise ConfigError(
+            f"{name}: has {_listed(sorted(found)) or 'no placeholder'}: want {_listed(wanted)} "
+            "(a brace of the text is written twice)"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in names)

@@ -1,0 +1,453 @@
+"""The loop, from a recipe to a trained model, offline and online alike.
+
+A run is a number of rounds.  Offline a round is an epoch of the dataset; online it is new prompts,
+rollouts from the current model, and what the judge says of them.  Either way a round ends in a
+list of examples, which is cut into global batches, and each of those into packs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from fastalign import checkpoint, model_card
+from fastalign.batch import make_batch, plan_batches
+from fastalign.config import Config, ConfigError, dump_config
+from fastalign.data import Example, Record, RowError, Stream, load_records, split_records
+from fastalign.evaluate import Evaluator
+from fastalign.logprobs import check_logprobs, check_packing, probe_batch
+from fastalign.methods import Method, Metrics, make_method
+from fastalign.methods.base import Dropped
+from fastalign.model import (
+    POLICY,
+    REFERENCE,
+    TrainedModel,
+    build_model,
+    init_distributed,
+    load_tokenizer,
+    resolve_dtype,
+)
+from fastalign.online import collect, push_weights
+from fastalign.rollout import RolloutEngine, make_engine
+from fastalign.rollout.sync import canary
+from fastalign.run import Run, reduce_metrics
+from fastalign.templates import Renderer
+from fastalign.tracking import Tracker
+
+
+def train(config: Config) -> dict[str, float]:
+    """Run a recipe; returns the last metrics.
+
+    Raises:
+        ConfigError: recipe, data or model cannot be what is asked, in one line.
+        EngineError: the rollout engine failed or does not hold what it was sent.
+    """
+    device = init_distributed(timeout_s=7200.0)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+
+    method = make_method(config)
+    tokenizer = load_tokenizer(config)
+    renderers = make_renderers(config, tokenizer)
+    records, held_out, data_lines = load_data(config, method)
+    rounds = plan_rounds(config, method, records, renderers)
+    if config.eval_steps and not held_out:
+        raise ConfigError("eval_steps needs held-out data: set eval_datasets or eval_ratio")
+    evaluation = [] if config.online else make_examples(method, held_out, renderers, config)[0]
+
+    tracker = Tracker(config, rank, rounds.total_steps)
+    engine = None
+    try:
+        for line in data_lines + rounds.lines:
+            tracker.say(line)
+        # The engine loads before the model: loading must not see ZeRO-3's sharded construction.
+        if config.online is not None:
+            engine = _make_engine(config, device)
+        model = build_model(config, device=device, needs_reference=_needs_reference(config, method))
+        run = Run(config, method, tokenizer, model, engine, renderers, tracker, rank, world_size)
+        check_start(run)
+        position, pending = checkpoint.Position(), []
+        found = checkpoint.find_checkpoint(config)
+        if found is not None:
+            position, pending = checkpoint.load_checkpoint(model, config, found)
+            tracker.say(f"resumed from {found} at step {position.step}")
+        if rank == 0:
+            Path(config.output_dir, "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
+        metrics = run_rounds(run, rounds, position, pending, evaluation, held_out)
+        checkpoint.save_result(model, tokenizer, Path(config.output_dir))
+        if rank == 0:
+            model_card.write(config, metrics, dtype=model.dtype, zero_stage=model.zero_stage)
+        tracker.say(f"done: {config.output_dir}")
+        return metrics
+    finally:
+        tracker.close()
+        if engine is not None:
+            engine.close()
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The plan of a run: how many rounds, how many steps, and what each trains on."""
+
+    count: int
+    steps_per_round: int
+    total_steps: int
+    examples: list[Example]
+    prompts: list[Record]
+    lines: list[str]
+
+
+def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record], list[str]]:
+    """Training and held-out records, and what to tell of them."""
+    wants = "prompt" if config.online else method.wants
+    records, report = load_records(
+        config.datasets, strict=config.strict, seed=config.seed, want=wants
+    )
+    lines = report.lines()
+    if config.eval_datasets:
+        held_out, eval_report = load_records(
+            config.eval_datasets, strict=config.strict, seed=config.seed, want=wants
+        )
+        lines += [f"eval: {line}" for line in eval_report.lines()]
+    else:
+        records, held_out = split_records(records, config.eval_ratio, config.seed)
+    return records, held_out, lines
+
+
+def make_renderers(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Renderer]:
+    """One for each dataset, for each may have its own template."""
+    return [
+        Renderer(
+            tokenizer,
+            dataset.template,
+            dataset.chat_template_kwargs,
+            judge_template=config.judge.template if config.judge else None,
+        )
+        for dataset in config.datasets
+    ]
+
+
+def make_examples(
+    method: Method, records: Sequence[Record], renderers: Sequence[Renderer], config: Config
+) -> tuple[list[Example], Counter[str]]:
+    """Tokenise records; those that cannot be trained on are counted by reason.
+
+    Raises:
+        ConfigError: under ``strict``, the first such record; always when none is left.
+    """
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for record in records:
+        try:
+            examples += method.from_record(record, renderers[record.dataset])
+        except RowError as error:
+            if config.strict:
+                raise
+            dropped[error.reason] += 1
+        except Dropped as reason:
+            if config.strict:
+                raise ConfigError(f"{record.source}: {reason}") from None
+            dropped[str(reason)] += 1
+    if records and not examples:
+        raise ConfigError(f"{records[0].source}: no record can be trained on: {dict(dropped)}")
+    return examples, dropped
+
+
+def plan_rounds(
+    config: Config, method: Method, records: Sequence[Record], renderers: Sequence[Renderer]
+) -> Rounds:
+    """Epochs of examples offline, iterations over prompts online."""
+    if config.online is None:
+        examples, dropped = make_examples(method, records, renderers, config)
+        examples = method.select(examples, config.seed)
+        per_round = math.ceil(len(examples) / config.global_batch_size)
+        total = config.max_steps or math.ceil(per_round * config.num_train_epochs)
+        tokens = sum(len(s.input_ids) for e in examples for s in e.streams)
+        lines = [f"{len(examples)} examples, {tokens} tokens, {total} steps"]
+        lines += [f"dropped {count}: {reason}" for reason, count in sorted(dropped.items())]
+        return Rounds(math.ceil(total / per_round), per_round, total, examples, [], lines)
+    online = config.online
+    available = math.floor(len(records) * config.num_train_epochs / online.prompts_per_iteration)
+    count = online.iterations or available
+    if count > available or count == 0:
+        raise ConfigError(
+            f"online.iterations = {online.iterations} x online.prompts_per_iteration = "
+            f"{online.prompts_per_iteration} needs more prompts than the {len(records)} there are "
+            f"in {config.num_train_epochs:g} epochs"
+        )
+    order: list[Record] = []
+    for epoch in range(math.ceil(config.num_train_epochs)):
+        order += [records[i] for i in _order(config, len(records), epoch)]
+    # Pairs come one for a prompt; written judgments one for each sample.
+    per_prompt = 1 if method.judge_kind == "pairwise" else online.num_generations
+    examples_per_round = online.prompts_per_iteration * per_prompt * online.num_train_epochs
+    per_round = math.ceil(examples_per_round / config.global_batch_size)
+    total = config.max_steps or count * per_round
+    lines = [f"{len(records)} prompts, {count} rounds of {online.prompts_per_iteration}"]
+    return Rounds(count, per_round, total, [], order, lines)
+
+
+def _order(config: Config, n: int, round_index: int) -> np.ndarray:
+    """A permutation that depends on seed and round alone, so a resumed run sees the same."""
+    if not config.shuffle:
+        return np.arange(n)
+    return np.random.default_rng((config.seed, round_index)).permutation(n)
+
+
+# -------------------------------------------------------------------------------------- start-up
+
+
+def _needs_reference(config: Config, method: Method) -> bool:
+    judges = config.judge is not None and config.judge.type == "self"
+    return method.needs_reference or (judges and config.judge.model == "reference")
+
+
+def _make_engine(config: Config, device: torch.device) -> RolloutEngine:
+    return make_engine(
+        config.rollout,
+        model_path=config.model_name_or_path,
+        dtype=resolve_dtype(config, device),
+        device=device,
+        max_model_len=config.max_length + config.max_completion_length,
+        lora_rank=config.lora_r if config.use_peft else None,
+        seed=config.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def check_start(run: Run) -> None:
+    """Prove what the run relies on, and say what was chosen."""
+    model, say = run.model, run.tracker.say
+    vocabulary = model.policy.causal_lm.config.get_text_config().vocab_size
+    run.model.engine.eval()
+    unpacked = check_packing(
+        model.policy, model.engine, probe_batch(vocabulary, (37, 52), model.device)
+    )
+    text = run.tokenizer("The quick brown fox jumps over the lazy dog. It was not amused.").input_ids
+    words = np.array(text, dtype=np.int32)
+    sample = Example((Stream.of("probe", words[:1], words[1:]),), 1.0, "start-up check")
+    gap = check_logprobs(model.policy, model.engine, make_batch([sample]).to(model.device))
+    run.model.engine.train()
+    trainable = sum(
+        getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
+    )
+    say(
+        f"model {run.config.model_name_or_path}: {str(model.dtype).removeprefix('torch.')}, "
+        f"ZeRO {model.zero_stage}, {run.world_size} process(es), {trainable:,} trainable parameters"
+    )
+    say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
+    say(f"log-probs agree with the model's own logits (mean difference {gap:.1e})")
+    if run.config.method == "cut" and run.config.cut.lambda_ <= 1:
+        say(
+            f"cut.lambda = {run.config.cut.lambda_} is at most 1: the penalty's slope is unbounded "
+            "where the model is certain"
+        )
+    if run.engine is not None:
+        _check_sync(run, words)
+
+
+def _check_sync(run: Run, words: np.ndarray) -> None:
+    """Push visibly changed weights, see the engine follow the trainer, and put them back."""
+    engine, model = run.engine, run.model
+    assert engine is not None
+    if model.has_reference_adapter:
+        engine.load_adapter(
+            REFERENCE, model.adapter_tensors(REFERENCE), model.adapter_config(REFERENCE), 0
+        )
+    push_weights(run)
+    adapter = POLICY if model.uses_adapter else None
+    prompts = [words[:n] for n in range(1, len(words))]
+    tokens = sorted(set(words.tolist()))
+    disturbance = contextlib.ExitStack()
+    model.engine.eval()
+    canary(
+        perturb=lambda: disturbance.enter_context(model.disturbed()),
+        restore=disturbance.close,
+        push=lambda: push_weights(run),
+        engine_logprobs=lambda: engine.next_logprobs(prompts, tokens, adapter),
+        trainer_logprobs=lambda: _trainer_next_logprobs(model, words, tokens),
+    )
+    model.engine.train()
+    run.tracker.say(f"rollouts by {engine.name}: weight sync proven by content and by canary")
+
+
+def _trainer_next_logprobs(
+    model: TrainedModel, words: np.ndarray, tokens: Sequence[int]
+) -> np.ndarray:
+    sample = Example((Stream.of("probe", words[:1], words[1:]),), 1.0, "sync check")
+    batch = make_batch([sample]).to(model.device)
+    with torch.no_grad():
+        logits = model.engine(batch, probe="logits")[batch.rows].float()
+    return logits.log_softmax(-1)[:, list(tokens)].cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------- rounds
+
+
+def run_rounds(
+    run: Run,
+    rounds: Rounds,
+    position: checkpoint.Position,
+    pending: list[Example],
+    evaluation: list[Example],
+    held_out: list[Record],
+) -> dict[str, float]:
+    """Everything between start and result."""
+    config, tracker = run.config, run.tracker
+    tracker.start(position.step)
+    metrics: dict[str, float] = {}
+    evaluate = Evaluator(run, evaluation, held_out)
+    if config.eval_steps and position.step == 0:
+        metrics |= evaluate(0)
+    while position.round < rounds.count and position.step < rounds.total_steps:
+        if config.online is None:
+            examples = rounds.examples
+        elif pending:
+            examples, pending = pending, []
+        else:
+            examples, collected = collect(run, rounds.prompts, position.round)
+            tracker.log(position.step, collected, show=False)
+            metrics |= collected
+        for batch_index, batch in batches(config, examples, position):
+            if position.step >= rounds.total_steps:
+                break
+            scheduled = position.step
+            if config.online is not None:
+                # Rounds may hold fewer examples than planned; the schedule follows the rounds.
+                share = batch_index / _batches_in(config, examples)
+                scheduled = (position.round + share) * rounds.steps_per_round
+            metrics |= update(run, batch, scheduled, rounds.total_steps)
+            position = replace(position, step=position.step + 1, batch=batch_index + 1)
+            if position.step % config.logging_steps == 0:
+                tracker.log(position.step, metrics)
+            if config.eval_steps and position.step % config.eval_steps == 0:
+                scores = evaluate(position.step)
+                metrics |= scores
+                position, stop = weigh(run, position, scores)
+                if stop:
+                    tracker.say(f"stopped early at step {position.step}")
+                    return metrics
+            if config.save_steps and position.step % config.save_steps == 0:
+                checkpoint.save_checkpoint(
+                    run.model, config, position, examples if config.online else []
+                )
+        position = replace(position, round=position.round + 1, batch=0)
+    if config.eval_steps and position.step % config.eval_steps:
+        metrics |= evaluate(position.step)
+    return metrics
+
+
+def weigh(
+    run: Run, position: checkpoint.Position, scores: dict[str, float]
+) -> tuple[checkpoint.Position, bool]:
+    """Keep the best result so far in ``output_dir/best``; say whether patience has run out."""
+    config = run.config
+    if config.metric_for_best_model is None:
+        return position, False
+    name = config.metric_for_best_model
+    value = scores.get(name, scores.get(f"eval/{name}"))
+    if value is None:
+        raise ConfigError(
+            f"metric_for_best_model = {name!r}: evaluation gives {', '.join(sorted(scores))}"
+        )
+    sign = 1 if config.greater_is_better else -1
+    if position.best_metric is None or sign * value > sign * position.best_metric:
+        checkpoint.save_result(run.model, run.tokenizer, Path(config.output_dir, "best"))
+        return replace(position, best_metric=value, evals_without_gain=0), False
+    position = replace(position, evals_without_gain=position.evals_without_gain + 1)
+    patience = config.early_stopping_patience
+    return position, patience is not None and position.evals_without_gain >= patience
+
+
+def batches(
+    config: Config, examples: Sequence[Example], position: checkpoint.Position
+) -> Iterator[tuple[int, list[Example]]]:
+    """Global batches of a round from ``position.batch`` on, in an order fixed by the seed."""
+    epochs = config.online.num_train_epochs if config.online else 1
+    order = np.concatenate(
+        [_order(config, len(examples), position.round * epochs + e) for e in range(epochs)]
+    )
+    size = config.global_batch_size
+    for index in range(position.batch, _batches_in(config, examples)):
+        yield index, [examples[i] for i in order[index * size : (index + 1) * size]]
+
+
+def _batches_in(config: Config, examples: Sequence[Example]) -> int:
+    epochs = config.online.num_train_epochs if config.online else 1
+    return math.ceil(len(examples) * epochs / config.global_batch_size)
+
+
+def update(run: Run, examples: list[Example], scheduled: float, total: int) -> dict[str, float]:
+    """One optimizer step on a global batch; the same however it is cut and over however many
+    ranks: each pack's summed loss is divided by the count of the whole batch."""
+    config, model = run.config, run.model
+    started = time.monotonic()
+    factor = lr_factor(config.lr_scheduler_type, scheduled, total, config.warmup_ratio)
+    for group in model.optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+    denominator = run.method.denominator(examples)
+    packs = plan_batches(examples, config.micro_batch_tokens, run.rank, run.world_size)
+    sums: Metrics = {}
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    run.tracker.phase("train")
+    for pack in packs:
+        pack = pack.to(model.device)
+        reference = None
+        if run.method.needs_reference:
+            with model.reference() as forward:
+                reference, _ = forward(pack)
+        loss, parts = model.engine(
+            pack, loss=run.method.loss, reference=reference, progress=scheduled / total
+        )
+        # DeepSpeed averages gradients over ranks; ours are shares of one sum.
+        model.engine.backward(loss * (run.world_size / denominator))
+        loss_sum += loss.detach().double()
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0) + part
+    sums["loss"] = torch.stack([loss_sum, loss_sum.new_tensor(denominator / run.world_size)])
+    metrics = reduce_metrics(sums)
+    if not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(
+            f"loss is {metrics['loss']} on records "
+            + ", ".join(sorted({e.source for e in examples})[:8])
+        )
+    model.engine.step()
+    seconds = time.monotonic() - started
+    tokens = sum(len(s.input_ids) for e in examples for s in e.streams)
+    return metrics | {
+        "grad_norm": model.grad_norm(),
+        "learning_rate": config.learning_rate * factor,
+        "tokens_per_second": tokens / seconds,
+        "step_seconds": seconds,
+    }
+
+
+def lr_factor(name: str, step: float, total: int, warmup_ratio: float) -> float:
+    """Share of the learning rate at ``step`` of ``total``, as transformers' schedules define it;
+    ``step`` may be fractional, because online rounds vary in size."""
+    warmup = math.ceil(total * warmup_ratio) if name != "constant" else 0
+    if step < warmup:
+        return step / max(1, warmup)
+    if name in ("constant", "constant_with_warmup"):
+        return 1.0
+    progress = (step - warmup) / max(1, total - warmup)
+    if name == "linear":
+        return max(0.0, 1.0 - progress)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
