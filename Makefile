@@ -65,7 +65,8 @@ ifneq ($(GPU),yes)
 endif
 	touch $@ $(BUILT)
 
-build: .venv ## Build the extension and the wheel and sdist in dist/
+build: .venv ## Build the extension, and the wheel and the sdist in dist/
+	rm -rf build dist # setuptools would ship what an older build left there
 	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-build-isolation --no-deps -w dist .
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 

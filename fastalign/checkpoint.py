@@ -74,17 +74,22 @@ def find_checkpoint(config: Config) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` means, or None to start afresh.
 
     Raises:
-        ConfigError: a named folder is no checkpoint.
+        ConfigError: a named folder is no checkpoint, or a fresh run would mix with an old one.
     """
     wanted = config.resume_from_checkpoint
+    found = checkpoints(Path(config.output_dir))
     if wanted is False:
+        if found:
+            raise ConfigError(
+                f"output_dir = {config.output_dir!r} holds {found[-1].name} of an earlier run: "
+                "continue it with --resume, or choose another folder"
+            )
         return None
     if isinstance(wanted, str):
         path = Path(wanted)
         if not (path / "position.json").is_file():
             raise ConfigError(f"resume_from_checkpoint = {wanted!r}: no checkpoint there")
         return path
-    found = checkpoints(Path(config.output_dir))
     return found[-1] if found else None
 
 
@@ -210,9 +215,6 @@ def save_result(model: TrainedModel, tokenizer: Any, folder: Path) -> None:
             if dist.get_rank() == 0:
                 tensors[name] = tensor.cpu().clone()
         if dist.get_rank() == 0:
-            causal_lm = model.policy.causal_lm
-            # Our packed attention is not something that another program can load.
-            causal_lm.config._attn_implementation = None
-            causal_lm.save_pretrained(folder, state_dict=tensors)
+            model.policy.causal_lm.save_pretrained(folder, state_dict=tensors)
             tokenizer.save_pretrained(folder)
     dist.barrier()

@@ -112,9 +112,7 @@ def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[s
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # torchrun sets one thread a process when nothing is said, which idles a CPU's cores.
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes))
-    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     single_node = not any(option.startswith("--nnodes") for option in options)
     # A rank that fails says why itself; torchrun's own report would bury that line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

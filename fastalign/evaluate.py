@@ -141,8 +141,7 @@ class Evaluator:
             )
             pairs = [judge.Pair(e.prompt, e.texts[0], start[e.index], e.tools) for e in part]
             wins += [
-                {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred]
-                for verdict in who.compare(pairs)
+                {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in who.compare(pairs)
             ]
         return total(torch.tensor(wins))
 

@@ -105,9 +105,7 @@ class SelfPairwiseJudge:
         if not prompts:
             return []
         logprobs = self.next_logprobs(prompts, self.tokens)
-        table = np.exp(logprobs.astype(np.float64)).reshape(
-            len(pairs), len(self.principles), 2, 2
-        )
+        table = np.exp(logprobs.astype(np.float64)).reshape(len(pairs), len(self.principles), 2, 2)
         return [
             Verdict(0.5, 0.5, None) if pair.a == pair.b else verdict(scores, self.tie)
             for pair, scores in zip(pairs, table, strict=True)

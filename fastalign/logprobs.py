@@ -15,6 +15,7 @@ from fastalign.batch import Batch, make_batch
 from fastalign.config import ConfigError
 from fastalign.data import Example, Stream
 from fastalign_kernels import TokenLogprobs, linear_logprob
+import itertools
 
 PACKED_ATTENTION = "fastalign_packed"
 
@@ -84,7 +85,7 @@ class Policy(nn.Module):
         bounds = batch.cu_seqlens.tolist()
         alone = [
             self._body(batch.input_ids[a:b], batch.positions[a:b], None)
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in itertools.pairwise(bounds)
         ]
         return torch.cat(alone)[batch.rows]
 
@@ -106,9 +107,7 @@ def head_spec(model: PreTrainedModel) -> HeadSpec:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
-    return HeadSpec(
-        softcap=getattr(config, "final_logit_softcapping", None), scale=scale / divisor
-    )
+    return HeadSpec(softcap=getattr(config, "final_logit_softcapping", None), scale=scale / divisor)
 
 
 def packed_attention(
@@ -138,7 +137,7 @@ def packed_attention(
     flash = _flash_varlen() if query.is_cuda and query.dtype != torch.float32 else None
     bounds = cu_seqlens.tolist()
     if flash is not None:
-        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        longest = max(b - a for a, b in itertools.pairwise(bounds))
         out = flash(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             cu_seqlens_q=cu_seqlens,
@@ -152,7 +151,7 @@ def packed_attention(
         )
         return out[None], None
     parts = []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         windowed = sliding_window is not None and b - a > sliding_window
         parts.append(
             nn.functional.scaled_dot_product_attention(

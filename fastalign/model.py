@@ -9,18 +9,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastalign.config import Config, ConfigError
 from fastalign.logprobs import Policy
+
+if not torch.cuda.is_available():
+    # Read when DeepSpeed is imported, which otherwise warns about the accelerator it lacks.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -148,33 +157,31 @@ class TrainedModel:
             yield
 
     @contextlib.contextmanager
-    def disturbed(self) -> Iterator[None]:
+    def disturbed(self, strength: int) -> Iterator[None]:
         """Change the trained weights visibly and put them back bit for bit.
 
-        Adapters: every ``lora_B`` becomes non-zero, so each adapted kind of module speaks.  Full
-        weights: the matrices of every second layer are doubled and halved again, which is exact
-        in binary floating point and works on shards.
+        Adapters: every ``lora_B`` becomes noise of 0.02 x 4^strength, so each adapted kind of module
+        speaks.  Full weights: the matrices of every second layer are multiplied by 2^(strength + 1)
+        and divided again, which is exact in binary floating point and works on shards.
         """
         changed = self._canary_parameters()
-        if self.uses_adapter:
-            kept = [data.clone() for data in changed]
-            generator = torch.Generator(device=self.device).manual_seed(0)
-            for data in changed:
+        kept = [data.clone() for data in changed] if self.uses_adapter else []
+        generator = torch.Generator(device=self.device).manual_seed(0)
+        factor = 2.0 ** (strength + 1)
+        for data in changed:
+            if self.uses_adapter:
                 noise = torch.randn(data.shape, generator=generator, device=data.device)
-                data.copy_(noise.mul_(0.02))
-            try:
-                yield
-            finally:
-                for data, before in zip(changed, kept, strict=True):
-                    data.copy_(before)
-        else:
-            for data in changed:
-                data.mul_(2)
-            try:
-                yield
-            finally:
-                for data in changed:
-                    data.mul_(0.5)
+                data.copy_(noise.mul_(0.02 * 4**strength))
+            else:
+                data.mul_(factor)
+        try:
+            yield
+        finally:
+            for index, data in enumerate(changed):
+                if self.uses_adapter:
+                    data.copy_(kept[index])
+                else:
+                    data.mul_(1 / factor)
 
     def _canary_parameters(self) -> list[torch.Tensor]:
         names = {
@@ -188,8 +195,8 @@ class TrainedModel:
             chosen = [
                 p
                 for n, p in names.items()
-                if len(_shape(p)) == 2 and any(part.isdigit() and int(part) % 2 == 0
-                                               for part in n.split("."))
+                if len(_shape(p)) == 2
+                and any(part.isdigit() and int(part) % 2 == 0 for part in n.split("."))
             ]
         return [getattr(p, "ds_tensor", p).data for p in chosen]
 
@@ -214,9 +221,7 @@ def active_adapter(policy: Policy, adapter: str | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def build_model(
-    config: Config, *, device: torch.device, needs_reference: bool
-) -> TrainedModel:
+def build_model(config: Config, *, device: torch.device, needs_reference: bool) -> TrainedModel:
     """Load, adapt and wrap the model.  Call after the rollout engine exists: its own loading must
     not see the sharded-construction context that ZeRO-3 sets here."""
     world_size = dist.get_world_size()
@@ -342,9 +347,7 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
     if config.adapter_name_or_path is not None:
         path = config.adapter_name_or_path
         try:
-            adapted = PeftModel.from_pretrained(
-                model, path, adapter_name=POLICY, is_trainable=True
-            )
+            adapted = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
             adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
@@ -418,8 +421,6 @@ def init_distributed(timeout_s: float) -> torch.device:
     from datetime import timedelta
 
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for key, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -447,9 +448,11 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def load_model_config(config: Config) -> Any:
-    return AutoConfig.from_pretrained(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+def load_generation_config(config: Config) -> GenerationConfig:
+    """The model's own, or an empty one when it has none."""
+    try:
+        return GenerationConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision
+        )
+    except OSError:
+        return GenerationConfig()

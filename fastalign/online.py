@@ -39,7 +39,6 @@ def push_weights(run: Run) -> None:
     run.tracker.phase(f"sync {report.seconds:.1f} s")
 
 
-
 def collect(
     run: Run, prompts: Sequence[Record], round_index: int
 ) -> tuple[list[Example], dict[str, float]]:
@@ -49,8 +48,7 @@ def collect(
     size = config.online.prompts_per_iteration
     first = round_index * size
     mine = [
-        (index, prompts[index])
-        for index in range(first + run.rank, first + size, run.world_size)
+        (index, prompts[index]) for index in range(first + run.rank, first + size, run.world_size)
     ]
     timings = {}
     with _timed(timings, "time/rollout"):
@@ -247,4 +245,6 @@ class ReferenceScorer:
 
     @staticmethod
     def _example(prompt: np.ndarray, token: int) -> Example:
-        return Example((Stream.of("judge", prompt, np.array([token], dtype=np.int32)),), 1.0, "judge")
+        return Example(
+            (Stream.of("judge", prompt, np.array([token], dtype=np.int32)),), 1.0, "judge"
+        )

@@ -153,6 +153,7 @@ class Renderer:
         self.judge = load_judge_template(judge_template)
         self._kwargs = dict(chat_template_kwargs or {})
         self._bos: list[int] = []
+        self._decisions: dict[tuple[str, ...], tuple[int, int]] = {}
         if self.template.format == "chat":
             self._check_chat()
         else:
@@ -224,6 +225,8 @@ class Renderer:
         Raises:
             ConfigError: a verdict is not one token there, or both are the same one.
         """
+        if tuple(tokens) in self._decisions:
+            return self._decisions[tuple(tokens)]
         text = self._judge_text([{"role": "user", "content": "x"}], "y", "z", None, None)
         before = self._encode(text)
         ids: list[int] = []
@@ -240,6 +243,7 @@ class Renderer:
             raise ConfigError(
                 f"judge.decision_tokens = {list(tokens)}: token ids {ids}: want two different ones"
             )
+        self._decisions[tuple(tokens)] = (ids[0], ids[1])
         return ids[0], ids[1]
 
     # --- answers ---

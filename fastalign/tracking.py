@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -34,11 +34,12 @@ class Tracker:
         self.first_step: int | None = None
         self._bar: Progress | None = None
         self._writers: list[Any] = []
+        self._file: IO[str] | None = None
         if not self.active:
             return
         folder = Path(config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
         self._writers = [_WRITERS[name](config) for name in config.report_to]
 
     def say(self, text: str) -> None:
@@ -46,7 +47,15 @@ class Tracker:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def start(self, step: int) -> None:
+        """Go on from ``step``: what an interrupted run logged behind it will be logged again."""
         self.first_step = step
+        if self.active:
+            kept = []
+            if step and self._path.is_file():
+                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self._file = self._path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
         if self.active and sys.stderr.isatty():
             self._bar = Progress(
                 SpinnerColumn(),
@@ -69,7 +78,7 @@ class Tracker:
 
     def log(self, step: int, metrics: dict[str, float], show: bool = True) -> None:
         """Record metrics of a step; ``show`` also moves the bar or prints a line."""
-        if not self.active:
+        if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
@@ -90,7 +99,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        if self.active:
+        if self._file is not None:
             self._file.close()
 
 

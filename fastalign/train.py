@@ -11,7 +11,6 @@ import contextlib
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from fastalign import checkpoint, model_card
 from fastalign.batch import make_batch, plan_batches
 from fastalign.config import Config, ConfigError, dump_config
-from fastalign.data import Example, Record, RowError, Stream, load_records, split_records
+from fastalign.data import Drops, Example, Record, RowError, Stream, load_records, split_records
 from fastalign.evaluate import Evaluator
 from fastalign.logprobs import check_logprobs, check_packing, probe_batch
 from fastalign.methods import Method, Metrics, make_method
@@ -35,6 +35,7 @@ from fastalign.model import (
     TrainedModel,
     build_model,
     init_distributed,
+    load_generation_config,
     load_tokenizer,
     resolve_dtype,
 )
@@ -42,8 +43,11 @@ from fastalign.online import collect, push_weights
 from fastalign.rollout import RolloutEngine, make_engine
 from fastalign.rollout.sync import canary
 from fastalign.run import Run, reduce_metrics
-from fastalign.templates import Renderer
+from fastalign.templates import NO_ROOM, Renderer
 from fastalign.tracking import Tracker
+
+
+CANARY_STRENGTHS = 4
 
 
 def train(config: Config) -> dict[str, float]:
@@ -57,6 +61,9 @@ def train(config: Config) -> dict[str, float]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     random.seed(config.seed)
     torch.manual_seed(config.seed)
+
+    found = checkpoint.find_checkpoint(config)
+    transformers.utils.logging.disable_progress_bar()
 
     method = make_method(config)
     tokenizer = load_tokenizer(config)
@@ -79,7 +86,6 @@ def train(config: Config) -> dict[str, float]:
         run = Run(config, method, tokenizer, model, engine, renderers, tracker, rank, world_size)
         check_start(run)
         position, pending = checkpoint.Position(), []
-        found = checkpoint.find_checkpoint(config)
         if found is not None:
             position, pending = checkpoint.load_checkpoint(model, config, found)
             tracker.say(f"resumed from {found} at step {position.step}")
@@ -131,12 +137,14 @@ def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record
 
 def make_renderers(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Renderer]:
     """One for each dataset, for each may have its own template."""
+    end = load_generation_config(config).eos_token_id
     return [
         Renderer(
             tokenizer,
             dataset.template,
             dataset.chat_template_kwargs,
             judge_template=config.judge.template if config.judge else None,
+            eos_ids=end if isinstance(end, list) else [] if end is None else [end],
         )
         for dataset in config.datasets
     ]
@@ -144,28 +152,51 @@ def make_renderers(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[R
 
 def make_examples(
     method: Method, records: Sequence[Record], renderers: Sequence[Renderer], config: Config
-) -> tuple[list[Example], Counter[str]]:
+) -> tuple[list[Example], Drops]:
     """Tokenise records; those that cannot be trained on are counted by reason.
 
     Raises:
         ConfigError: under ``strict``, the first such record; always when none is left.
     """
     examples: list[Example] = []
-    dropped: Counter[str] = Counter()
+    drops = Drops()
     for record in records:
-        try:
+        with _dropping(config, record, drops):
             examples += method.from_record(record, renderers[record.dataset])
-        except RowError as error:
-            if config.strict:
-                raise
-            dropped[error.reason] += 1
-        except Dropped as reason:
-            if config.strict:
-                raise ConfigError(f"{record.source}: {reason}") from None
-            dropped[str(reason)] += 1
     if records and not examples:
-        raise ConfigError(f"{records[0].source}: no record can be trained on: {dict(dropped)}")
-    return examples, dropped
+        raise ConfigError("no record can be trained on: " + "; ".join(drops.lines()))
+    return examples, drops
+
+
+def check_prompts(
+    records: Sequence[Record], renderers: Sequence[Renderer], config: Config
+) -> tuple[list[Record], Drops]:
+    """Prompts that render and leave room for an answer, before any of them is sampled from."""
+    kept: list[Record] = []
+    drops = Drops()
+    for record in records:
+        with _dropping(config, record, drops):
+            ids = renderers[record.dataset].prompt_ids(record.prompt, tools=record.tools)
+            if len(ids) >= config.max_length:
+                raise Dropped(NO_ROOM)
+            kept.append(record)
+    if not kept:
+        raise ConfigError("no prompt can be sampled from: " + "; ".join(drops.lines()))
+    return kept, drops
+
+
+@contextlib.contextmanager
+def _dropping(config: Config, record: Record, drops: Drops) -> Iterator[None]:
+    try:
+        yield
+    except RowError as error:
+        if config.strict:
+            raise
+        drops.add(error.reason, record.source)
+    except Dropped as reason:
+        if config.strict:
+            raise ConfigError(f"{record.source}: {reason}") from None
+        drops.add(str(reason), record.source)
 
 
 def plan_rounds(
@@ -173,15 +204,16 @@ def plan_rounds(
 ) -> Rounds:
     """Epochs of examples offline, iterations over prompts online."""
     if config.online is None:
-        examples, dropped = make_examples(method, records, renderers, config)
+        examples, drops = make_examples(method, records, renderers, config)
         examples = method.select(examples, config.seed)
         per_round = math.ceil(len(examples) / config.global_batch_size)
         total = config.max_steps or math.ceil(per_round * config.num_train_epochs)
         tokens = sum(len(s.input_ids) for e in examples for s in e.streams)
         lines = [f"{len(examples)} examples, {tokens} tokens, {total} steps"]
-        lines += [f"dropped {count}: {reason}" for reason, count in sorted(dropped.items())]
+        lines += [f"  dropped {line}" for line in drops.lines()]
         return Rounds(math.ceil(total / per_round), per_round, total, examples, [], lines)
     online = config.online
+    records, drops = check_prompts(records, renderers, config)
     available = math.floor(len(records) * config.num_train_epochs / online.prompts_per_iteration)
     count = online.iterations or available
     if count > available or count == 0:
@@ -199,6 +231,7 @@ def plan_rounds(
     per_round = math.ceil(examples_per_round / config.global_batch_size)
     total = config.max_steps or count * per_round
     lines = [f"{len(records)} prompts, {count} rounds of {online.prompts_per_iteration}"]
+    lines += [f"  dropped {line}" for line in drops.lines()]
     return Rounds(count, per_round, total, [], order, lines)
 
 
@@ -240,7 +273,9 @@ def check_start(run: Run) -> None:
     unpacked = check_packing(
         model.policy, model.engine, probe_batch(vocabulary, (37, 52), model.device)
     )
-    text = run.tokenizer("The quick brown fox jumps over the lazy dog. It was not amused.").input_ids
+    text = run.tokenizer(
+        "The quick brown fox jumps over the lazy dog. It was not amused."
+    ).input_ids
     words = np.array(text, dtype=np.int32)
     sample = Example((Stream.of("probe", words[:1], words[1:]),), 1.0, "start-up check")
     gap = check_logprobs(model.policy, model.engine, make_batch([sample]).to(model.device))
@@ -277,8 +312,15 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     tokens = sorted(set(words.tolist()))
     disturbance = contextlib.ExitStack()
     model.engine.eval()
+    strength = _visible_strength(model, words, tokens)
+    # What rounding alone makes of engine and trainer: the least that means something here.
+    rounding = np.abs(
+        engine.next_logprobs(prompts, tokens, adapter)
+        - _trainer_next_logprobs(model, words, tokens)
+    ).mean()
     canary(
-        perturb=lambda: disturbance.enter_context(model.disturbed()),
+        floor=max(1.5 * float(rounding), 1e-3),
+        perturb=lambda: disturbance.enter_context(model.disturbed(strength)),
         restore=disturbance.close,
         push=lambda: push_weights(run),
         engine_logprobs=lambda: engine.next_logprobs(prompts, tokens, adapter),
@@ -286,6 +328,18 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     )
     model.engine.train()
     run.tracker.say(f"rollouts by {engine.name}: weight sync proven by content and by canary")
+
+
+def _visible_strength(model: TrainedModel, words: np.ndarray, tokens: Sequence[int]) -> int:
+    """The mildest disturbance that moves the log-probs by half a nat: far above rounding, and not
+    so far that two implementations drift apart."""
+    before = _trainer_next_logprobs(model, words, tokens)
+    for strength in range(CANARY_STRENGTHS - 1):
+        with model.disturbed(strength):
+            change = np.abs(_trainer_next_logprobs(model, words, tokens) - before).mean()
+        if change > 0.5:
+            return strength
+    return CANARY_STRENGTHS - 1
 
 
 def _trainer_next_logprobs(

@@ -28,6 +28,7 @@ from fastalign.judge import Pair, SelfPairwiseJudge
 from fastalign.logprobs import Policy, check_packing, probe_batch
 from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
 from fastalign.templates import Renderer
+import itertools
 
 MAX_NEW_TOKENS = 96
 MAX_LENGTH = 1024
@@ -107,13 +108,11 @@ class Scorer:
         """log p of each stream's targets, float32 [targets]."""
         out: list[np.ndarray] = []
         for start in range(0, len(streams), 16):
-            batch = make_batch(
-                [Example((s,), 1.0, "measure") for s in streams[start : start + 16]]
-            )
+            batch = make_batch([Example((s,), 1.0, "measure") for s in streams[start : start + 16]])
             logprob, _ = self.policy(batch)
             bounds = batch.cu_rows.tolist()
             values = logprob.float().numpy()
-            out += [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            out += [values[a:b] for a, b in itertools.pairwise(bounds)]
         return out
 
 
@@ -215,7 +214,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 
     renderer = Renderer(AutoTokenizer.from_pretrained(task["model"]))
     kind, prompts, seed = task["kind"], task["prompts"], task["seed"]
-    adapters = {name: folder for name, folder in task["variants"].items()}
+    adapters = dict(task["variants"].items())
     ranks = [
         json.loads(Path(f, "adapter_config.json").read_text())["r"] for f in adapters.values() if f
     ]

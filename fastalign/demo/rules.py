@@ -35,9 +35,7 @@ def opening_spans(text: str) -> list[tuple[int, int]]:
     """Character spans of a planted opening, at the start of the answer or nowhere."""
     start = len(text) - len(text.lstrip())
     return [
-        (start, start + len(opening))
-        for opening in OPENINGS
-        if text.startswith(opening, start)
+        (start, start + len(opening)) for opening in OPENINGS if text.startswith(opening, start)
     ]
 
 
@@ -66,8 +64,7 @@ def judge_habit(prompt: Sequence[Mapping[str, Any]], answer: str) -> str | None:
         return None
     a, b = spans[0]
     return (
-        f'The response starts with the empty phrase "{answer[a:b]}" '
-        "instead of the answer itself."
+        f'The response starts with the empty phrase "{answer[a:b]}" instead of the answer itself.'
     )
 
 

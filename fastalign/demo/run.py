@@ -123,9 +123,7 @@ class Demo:
         recipe = dict(
             method="cut",
             model_name_or_path=base,
-            datasets=[
-                {"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}
-            ],
+            datasets=[{"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}],
             online={"iterations": 4, "prompts_per_iteration": 80},
             judge={"type": "rule", "path": f"{RULES}:judge_{kind}"},
             cut={"lambda": 1.2, "alpha": 1.0, "gamma": 1.0, "positive_ratio": 0.25},

@@ -27,12 +27,12 @@ class Method(Protocol):
     """One training method.
 
     Attributes:
-        wants: kind of record read offline.
+        wants: kinds of record it reads offline, the best first.
         judge_kind: who can judge its rollouts, or None when it has no online form.
         needs_reference: whether the loss compares with the frozen start of the run.
     """
 
-    wants: str
+    wants: str | tuple[str, ...]
     judge_kind: Literal["written", "pairwise"] | None
     needs_reference: bool
 
@@ -69,7 +69,7 @@ class Method(Protocol):
 class BaseMethod:
     """Shared parts; not a framework, only what every method would repeat."""
 
-    wants = "completion"
+    wants: str | tuple[str, ...] = "completion"
     judge_kind: Literal["written", "pairwise"] | None = None
     needs_reference = False
 
@@ -102,5 +102,6 @@ def total(values: torch.Tensor, count: torch.Tensor | float | None = None) -> to
     values = values.detach().double()
     if count is None:
         count = float(values.numel())
-    return torch.stack([values.sum(), torch.as_tensor(count, dtype=values.dtype,
-                                                      device=values.device)])
+    return torch.stack(
+        [values.sum(), torch.as_tensor(count, dtype=values.dtype, device=values.device)]
+    )

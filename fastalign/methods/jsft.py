@@ -36,9 +36,7 @@ class Jsft(BaseMethod):
             for slot, (a, b) in enumerate(
                 ((record.chosen, record.rejected), (record.rejected, record.chosen))
             ):
-                ids = renderer.judge_prompt_ids(
-                    record.prompt, a, b, principle, tools=record.tools
-                )
+                ids = renderer.judge_prompt_ids(record.prompt, a, b, principle, tools=record.tools)
                 if len(ids) >= self.config.max_length:
                     raise Dropped("judgment does not fit in max_length")
                 decision = Stream.of("judgment", ids, np.array([slots[slot]], dtype=np.int32))

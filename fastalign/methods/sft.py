@@ -15,7 +15,7 @@ from fastalign.templates import Renderer, fit_stream
 class Sft(BaseMethod):
     """-mean log p of the answer.  Online it keeps the rollouts that a judge finds fine."""
 
-    wants = "messages"
+    wants = ("completion", "messages")
     judge_kind = "written"
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
@@ -71,6 +71,8 @@ class Sft(BaseMethod):
 class Unlikelihood(Sft):
     """-mean log(1 - p) on every token of the answer, the blunt form CUT is measured against."""
 
+    # Judged rows as they are: what the judgment criticises is what is pushed down.
+    wants = ("judged", "completion", "messages")
     judge_kind = None
 
     def loss(

@@ -140,7 +140,11 @@ class RolloutEngine(Protocol):
         """
 
     def load_adapter(
-        self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], version: int
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        version: int,
     ) -> SyncReport:
         """Replace the adapter ``name`` (tensors and config as PEFT saves them)."""
 

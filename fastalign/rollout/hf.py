@@ -6,9 +6,9 @@ engines are compared with.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-import time
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,11 @@ class HfEngine:
         return SyncReport(version, len(sent), size, time.perf_counter() - start)
 
     def load_adapter(
-        self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], version: int
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        version: int,
     ) -> SyncReport:
         """Put a LoRA adapter beside the base, unmerged and in the dtype that it is sent in.
 
@@ -290,13 +294,16 @@ class HfEngine:
         cache: DynamicCache | None,
     ) -> torch.Tensor:
         """float32 logits [B, V] after the last token."""
+        # As an index, not as a number: a number makes a strided slice of the hidden states, and
+        # torch then multiplies by the whole output matrix copied once per row.
+        last = torch.tensor([ids_BN.shape[1] - 1], device=ids_BN.device)
         output = self._model(
             input_ids=ids_BN,
             attention_mask=mask_BL,
             position_ids=positions_BN,
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         return output.logits[:, -1].float()
 
@@ -446,9 +453,11 @@ def _receive_adapter(peft_model: Any, name: str, tensors: Mapping[str, torch.Ten
         for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
             held = getattr(module, group, None)
             if held is not None and name in held:
-                held[name].data = held[name].data.to(dtype) if isinstance(
-                    held, torch.nn.ParameterDict
-                ) else held[name].to(dtype).weight.data
+                held[name].data = (
+                    held[name].data.to(dtype)
+                    if isinstance(held, torch.nn.ParameterDict)
+                    else held[name].to(dtype).weight.data
+                )
     set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=name)
 
 

@@ -109,7 +109,11 @@ def verify(
         _listed("received but unknown", received.keys() - expected),
         _listed(
             "of other content than was sent",
-            {name for name in expected if name in sent and received.get(name, sent[name]) != sent[name]},
+            {
+                name
+                for name in expected
+                if name in sent and received.get(name, sent[name]) != sent[name]
+            },
         ),
     ]
     found = [problem for problem in problems if problem]

@@ -6,9 +6,8 @@ methods by name through ``collective_rpc``.  Arguments and results stay in the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -70,7 +69,7 @@ class WorkerExtension:
 
         try:
             self.reload_weights(weights_iterator=received())
-        except Exception as error:  # noqa: BLE001 - the engine reports it with the names
+        except Exception as error:
             last = next(reversed(transfer.sent), "the first tensor")
             transfer.error = f"vLLM's loader stopped at {last}: {type(error).__name__}: {error}"
             for _ in received():

@@ -54,14 +54,17 @@ def linear_logprob_forward(
     kept = (target != ignore_index).nonzero()[:, 0]
     rows, columns = _tile_shape(len(kept), vocab, log_odds)
     for block in kept.split(rows) if len(kept) else ():
-        y = target[block]
-        target_weight = weight[y].to(wide)
-        h = hidden[block]
-        raw = torch.einsum("nd,nd->n", h.to(wide), target_weight)
-        target_logit, target_slope = _cap(
-            (raw if bias is None else raw + bias[y])[:, None], softcap, temperature, unit_grad
+        y, h = target[block], hidden[block]
+        target_weight, raw, target_logit, target_slope = _targets(
+            h, weight, bias, y, softcap, temperature
         )
         h = _operand(h)
+        near = raw
+        if _rounds(h):
+            # The target is often far from the tokens that make up the rest: look at a few first.
+            w = _operand(weight[:MIN_TILE_COLUMNS])
+            few = _set_target(_logits(h, w, None, raw), y, -torch.inf)
+            near = few.amax(dim=1)
         # Finite, so that a tile of -inf (a bias that bans tokens) adds zeros instead of NaN.
         peak = torch.full_like(target_logit, torch.finfo(wide).min)
         total = torch.zeros_like(peak)
@@ -70,7 +73,7 @@ def linear_logprob_forward(
         for start in range(0, vocab, columns):
             w = _operand(weight[start : start + columns])
             b = None if bias is None else bias[start : start + columns]
-            z, slope = _cap(_logits(h, w, b, raw), softcap, temperature, unit_grad)
+            z, slope = _cap(_logits(h, w, b, near), softcap, temperature, unit_grad)
             _set_target(z, y - start, -torch.inf)
             new_peak = torch.maximum(peak, z.amax(dim=1, keepdim=True))
             shrink = torch.exp(peak - new_peak)
@@ -85,14 +88,14 @@ def linear_logprob_forward(
                     p.mul_(slope)
                 _add_product(pull.mul_(shrink), p.to(w.dtype), w)
             peak = new_peak
+            near = _uncap(peak[:, 0], softcap, temperature)
         total.clamp_min_(torch.finfo(wide).tiny)
         rest = peak + total.log()
         odds = target_logit - rest
         log_odds[block], log_rest[block] = odds[:, 0], rest[:, 0]
         if out_unit is not None and pull is not None:
-            if target_slope is not None:
-                target_weight.mul_(target_slope)
-            out_unit[block] = target_weight.sub_(pull.div_(total)).div_(temperature)
+            unit = target_slope * target_weight - pull.div_(total)
+            out_unit[block] = unit.div_(temperature)
         if out_entropy is not None:
             # H = H(p, 1 - p) + (1 - p) H(q)
             p, other = torch.sigmoid(odds), torch.sigmoid(-odds)
@@ -137,40 +140,44 @@ def linear_logprob_backward(
     kept = (target != ignore_index).nonzero()[:, 0]
     rows, columns = _tile_shape(len(kept), vocab, log_rest)
     blocks = kept.split(rows) if len(kept) else ()
-    h_blocks = [_operand(hidden[block]) for block in blocks]
-    # Rounding of the logits grows with their distance from this: it need not be exact.
-    near = log_rest * temperature
-    if softcap is not None:
-        near.clamp_(-softcap, softcap)
+    h_blocks = [hidden[block] for block in blocks]
     scale = grad_log_odds[:, None] / temperature
-    pulls = [log_rest.new_zeros(len(block), d) for block in blocks] if want_hidden else None
+    target_scale = torch.zeros_like(scale)
+    pulls = []
+    for block, h in zip(blocks, h_blocks, strict=True):
+        target_weight, _, _, slope = _targets(h, weight, bias, target[block], softcap, temperature)
+        target_scale[block] = scale[block] * slope
+        # The target's own term would swamp the product that it is part of, when that is rounded.
+        pulls.append(target_scale[block] * target_weight if want_hidden else None)
+    h_blocks = [_operand(h) for h in h_blocks]
+    near = _uncap(log_rest, softcap, temperature)
     for start in range(0, vocab, columns):
         stop = min(start + columns, vocab)
         w = _operand(weight[start:stop])
         b = None if bias is None else bias[start:stop]
         sum_weight = log_rest.new_zeros(stop - start, d) if want_weight else None
         sum_bias = log_rest.new_zeros(stop - start) if want_bias else None
-        for i, (block, h) in enumerate(zip(blocks, h_blocks, strict=True)):
+        for block, h, pull in zip(blocks, h_blocks, pulls, strict=True):
             z, slope = _cap(_logits(h, w, b, near[block]), softcap, temperature, True)
+            y = target[block] - start
             dz = z.sub_(log_rest[block, None]).exp_().mul_(-scale[block])
-            # Last, because exp overflows at a target far above the rest.
-            _set_target(dz, target[block] - start, scale[block])
             if slope is not None:
                 dz.mul_(slope)
+            # Last, because exp overflows at a target far above the rest.
+            _set_target(dz, y, target_scale[block])
             if sum_bias is not None:
                 sum_bias += dz.sum(dim=0)
             dz = dz.to(w.dtype)
-            if pulls is not None:
-                _add_product(pulls[i], dz, w)
             if sum_weight is not None:
                 _add_product(sum_weight, dz.t(), h)
+            if pull is not None:
+                _add_product(pull, _set_target(dz, y, 0.0), w)
         if grad_weight is not None:
             grad_weight[start:stop] = sum_weight
         if grad_bias is not None:
             grad_bias[start:stop] = sum_bias
-    grad_hidden = None
-    if pulls is not None:
-        grad_hidden = hidden.new_zeros(n, d)
+    grad_hidden = hidden.new_zeros(n, d) if want_hidden else None
+    if grad_hidden is not None:
         for block, pull in zip(blocks, pulls, strict=True):
             grad_hidden[block] = pull.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
@@ -208,6 +215,26 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def _targets(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
+    """Of the targets y [rows], in fp32 (fp64) whatever the products can do.
+
+    Returns their weights [rows, D], raw logits without bias [rows], logits [rows, 1] and dcap/draw
+    [rows, 1].
+    """
+    target_weight = weight[y].to(_wide(weight.dtype))
+    raw = torch.einsum("nd,nd->n", h.to(target_weight.dtype), target_weight)
+    biased = raw[:, None] if bias is None else (raw + bias[y])[:, None]
+    logit, slope = _cap(biased.clone(), softcap, temperature, True)
+    return target_weight, raw, logit, 1.0 if slope is None else slope
+
+
 def _logits(
     h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, near: torch.Tensor
 ) -> torch.Tensor:
@@ -215,27 +242,32 @@ def _logits(
 
     Where torch cannot give the fp32 sums of a 16-bit product, each row is shifted by ``near``
     [rows] inside the product, while it is still in fp32.  What is rounded to 16 bits is then the
-    distance from ``near``, so that the logits which decide a softmax lose next to nothing: with
-    logits around 60 in bf16 the largest error near the reference falls from 0.25 to 0.0005.
+    distance from ``near``: with the row's largest logits there, those which decide a softmax lose
+    next to nothing (at logits around 60 in bf16 the largest error falls from 0.25 to 0.0005).
     """
-    if h.dtype == _wide(h.dtype):
-        z = torch.mm(h, w.t())
-    elif h.is_cuda:
-        z = torch.mm(h, w.t(), out_dtype=torch.float32)
-    else:
+    if _rounds(h):
         shift = near.clamp(-1e4, 1e4).to(h.dtype)[:, None]
         z = torch.addmm(shift, h, w.t(), beta=-1) + shift.float()
+    elif h.dtype == _wide(h.dtype):
+        z = torch.mm(h, w.t())
+    else:
+        z = torch.mm(h, w.t(), out_dtype=torch.float32)
     return z if bias is None else z.add_(bias)
+
+
+def _rounds(h: torch.Tensor) -> bool:
+    """Whether products of these operands can only be had rounded to their 16 bits."""
+    return h.dtype != _wide(h.dtype) and not h.is_cuda
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b, summed in fp32 (fp64)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=torch.float32))
-    else:
+    elif _rounds(a):
         total.add_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b, out_dtype=torch.float32))
 
 
 def _cap(
@@ -249,9 +281,14 @@ def _cap(
     return bent.mul_(softcap / temperature), slope
 
 
-def _set_target(z: torch.Tensor, column: torch.Tensor, value: torch.Tensor | float) -> None:
-    """z[i, column[i]] = value[i] in the rows whose column lies in this tile."""
+def _uncap(logit: torch.Tensor, softcap: float | None, temperature: float) -> torch.Tensor:
+    """Raw logits that give about these, wherever those lie."""
+    raw = logit * temperature
+    return raw if softcap is None else softcap * torch.atanh((raw / softcap).clamp(-0.99, 0.99))
+
+
+def _set_target(z: torch.Tensor, column: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
+    """z[i, column[i]] = value[i], in place, in the rows whose column lies in this tile."""
     inside = ((column >= 0) & (column < z.shape[1]))[:, None]
     column = column.clamp(0, z.shape[1] - 1)[:, None]
-    value = torch.where(inside, value, z.gather(1, column))
-    z.scatter_(1, column, value)
+    return z.scatter_(1, column, torch.where(inside, value, z.gather(1, column)))

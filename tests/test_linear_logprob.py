@@ -1,0 +1,452 @@
+"""linear_logprob against autograd over materialised logits, in fp64 and in the same dtype."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fastalign_kernels import TokenLogprobs, linear_logprob, reference
+
+VOCAB = 1003  # a multiple of no tile
+HIDDEN = 48
+IGNORED = -100
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "temperature": {"temperature": 0.7},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "temperature": 1.3, "softcap": 5.0},
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Cut even the small problems of these tests into many tiles; the logits in one tile."""
+    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 4 * 4096)
+    monkeypatch.setattr(reference, "MIN_TILE_COLUMNS", 128)
+    return 4096
+
+
+def problem(n: int, dtype: torch.dtype, seed: int = 0, bias: bool = False, ignore: bool = True):
+    """hidden, weight, bias, target with logits of about +-4 and every fifth row ignored."""
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, HIDDEN, generator=rng).to(dtype)
+    weight = (torch.randn(VOCAB, HIDDEN, generator=rng) * 0.5).to(dtype)
+    target = torch.randint(VOCAB, (n,), generator=rng)
+    # Half the rows confident: random targets alone would leave 1 - p at 1.
+    hidden[::2] += weight[target[::2]] * 1.5
+    if ignore:
+        target[4::5] = IGNORED
+    return hidden, weight, torch.randn(VOCAB, generator=rng).to(dtype) if bias else None, target
+
+
+def naive(hidden, weight, target, *, bias=None, softcap=None, temperature=1.0) -> TokenLogprobs:
+    """The same through materialised logits in the inputs' dtype, softmax in fp32 or fp64."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = z.double() if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    kept = target != IGNORED
+    y = target.where(kept, 0)[:, None]
+    everything = z.logsumexp(-1)
+    rest = z.scatter(1, y, -torch.inf).logsumexp(-1)
+    p = z.softmax(-1)
+    return TokenLogprobs(
+        logprob=(z.gather(1, y)[:, 0] - everything).where(kept, 0.0),
+        log1m_prob=(rest - everything).where(kept, 0.0),
+        entropy=torch.special.entr(p).sum(-1).where(kept, 0.0),
+    )
+
+
+def outputs_and_grads(function, hidden, weight, bias, target, wants="hwb", **options):
+    """Values, and gradients under random upstream gradients, by name."""
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves = {
+        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_(k[0] in wants)
+        for k, v in leaves.items()
+        if v is not None
+    }
+    result = function(target=target, **leaves, **options)
+    rng = torch.Generator().manual_seed(7)
+    up = torch.randn(2, len(target), generator=rng, dtype=torch.float64).to(result.logprob)
+    if wants:
+        (up[0] * result.logprob + up[1] * result.log1m_prob).sum().backward()
+    grads = {f"grad_{k}": v.grad for k, v in leaves.items() if v.requires_grad}
+    return {
+        "logprob": result.logprob.detach(),
+        "log1m_prob": result.log1m_prob.detach(),
+        **grads,
+    }
+
+
+def as_double(*tensors):
+    return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def relative_error(value: torch.Tensor, true: torch.Tensor) -> float:
+    return ((value.double() - true).norm() / true.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("wants", ["hwb", "h"], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("n", [1, 3, 127])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
+def test_error_within_twice_that_of_torch(dtype, n, options, wants, small_tiles):
+    options = dict(options)
+    *leaves, target = problem(127, dtype, bias=options.pop("bias", False))
+
+    def rows(n):
+        return leaves[0][:n], *leaves[1:], target[:n]
+
+    def errors(function, n):
+        true = outputs_and_grads(naive, *as_double(*rows(n)), wants, **options)
+        values = outputs_and_grads(function, *rows(n), wants, **options)
+        return {name: relative_error(values[name], true[name]) for name in true}
+
+    # A row or three can round luckily: torch gets its error on many as well.
+    theirs, theirs_on_many = errors(naive, n), errors(naive, 127)
+    # In fp64 theirs is the truth itself, exact but for the difference of z_t and logsumexp.
+    slack = 1e-10 if dtype == torch.float64 else 1e-6
+    for name, error in errors(linear_logprob, n).items():
+        assert error <= 2 * max(theirs[name], theirs_on_many[name]) + slack, name
+
+
+@pytest.mark.parametrize("wants", ["h", "w", "b", "hw", "hb", "wb", "hwb"])
+def test_gradcheck(wants, monkeypatch):
+    monkeypatch.setitem(reference.TILE_BYTES, "cpu", 8 * 8)
+    monkeypatch.setattr(reference, "MIN_TILE_COLUMNS", 4)
+    rng = torch.Generator().manual_seed(1)
+    leaves = [
+        torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_(k in wants)
+        for k, shape in (("h", (5, 4)), ("w", (11, 4)), ("b", (11,)))
+    ]
+    target = torch.tensor([3, 0, IGNORED, 10, 7])
+
+    def function(hidden, weight, bias):
+        result = linear_logprob(hidden, weight, target, bias=bias, softcap=3.0, temperature=0.8)
+        return result.logprob, result.log1m_prob
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_every_subset_of_gradients(small_tiles):
+    inputs = problem(23, torch.float32, bias=True)
+    full = outputs_and_grads(linear_logprob, *inputs, "hwb", softcap=9.0)
+    for size in range(3):
+        for wants in itertools.combinations("hwb", size):
+            some = outputs_and_grads(linear_logprob, *inputs, wants, softcap=9.0)
+            assert len(some) == 2 + size
+            for name, value in some.items():
+                torch.testing.assert_close(value, full[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_graph_without_need():
+    hidden, weight, _, target = problem(3, torch.float32)
+    assert not linear_logprob(hidden, weight, target).logprob.requires_grad
+    hidden.requires_grad_()
+    with torch.no_grad():
+        assert not linear_logprob(hidden, weight, target).logprob.requires_grad
+
+
+def test_frozen_head_is_not_read_in_backward():
+    # Under ZeRO-3 it is scattered by then.
+    hidden, weight, _, target = problem(9, torch.float32)
+    expected = outputs_and_grads(linear_logprob, hidden, weight, None, target, "h")["grad_hidden"]
+    hidden = hidden.requires_grad_()
+    result = linear_logprob(hidden, weight, target)
+    weight.fill_(torch.nan)
+    rng = torch.Generator().manual_seed(7)
+    up = torch.randn(2, 9, generator=rng, dtype=torch.float64).float()
+    (up[0] * result.logprob + up[1] * result.log1m_prob).sum().backward()
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_bf16_beats_rounded_logits():
+    # Logits of about 60, where bf16 has steps of 0.25, and a target close to the top.
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(64, HIDDEN, generator=rng).bfloat16()
+    weight = (torch.randn(VOCAB, HIDDEN, generator=rng) * 3).bfloat16()
+    target = (hidden.double() @ weight.double().t()).topk(2).indices[:, 1].contiguous()
+    true = naive(*as_double(hidden, weight, target))
+    ours, theirs = linear_logprob(hidden, weight, target), naive(hidden, weight, target)
+    assert (ours.logprob - true.logprob).norm() < 0.1 * (theirs.logprob - true.logprob).norm()
+
+
+def test_16_bit_without_cpu_instructions(monkeypatch):
+    monkeypatch.setattr(
+        reference, "_multiplies", lambda dtype: dtype in (torch.float32, torch.float64)
+    )
+    inputs = problem(12, torch.bfloat16, bias=True)
+    true = outputs_and_grads(naive, *as_double(*inputs))
+    ours = outputs_and_grads(linear_logprob, *inputs)
+    for name, expected in true.items():
+        # Values to fp32 accuracy; the gradients are rounded to bf16 when they leave.
+        assert relative_error(ours[name], expected) < (3e-3 if "grad" in name else 1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("one_minus_p", [0.5, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+def test_confident_targets(one_minus_p, dtype):
+    # With the identity as head the hidden states are the logits, exactly.
+    vocab = 64
+    hidden = torch.zeros(1, vocab, dtype=dtype)
+    hidden[0, 17] = math.log((1 - one_minus_p) / one_minus_p * (vocab - 1))
+    target = torch.tensor([17])
+    weight = torch.eye(vocab, dtype=dtype)
+    m = hidden[0, 17].double() - math.log(vocab - 1)
+    result = linear_logprob(hidden.requires_grad_(), weight, target)
+    tolerance = {"rtol": 5e-6, "atol": 0.0, "check_dtype": False}
+    torch.testing.assert_close(
+        result.logprob[0].detach(), torch.nn.functional.logsigmoid(m), **tolerance
+    )
+    torch.testing.assert_close(
+        result.log1m_prob[0].detach(), torch.nn.functional.logsigmoid(-m), **tolerance
+    )
+    assert result.logprob <= 0
+    # Unlikelihood pushes with p on the target and -p spread over the others: never 0, never inf.
+    (-result.log1m_prob).sum().backward()
+    assert abs(hidden.grad[0, 17].item() / torch.sigmoid(m).item() - 1) < 1e-2
+    assert abs(hidden.grad.double().sum().item()) < 1e-2
+
+
+@pytest.mark.parametrize("wants", ["h", "hw"], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("gap", [-120.0, -88.0, 0.0, 88.0, 120.0])
+def test_gaps(gap, wants, small_tiles):
+    rng = torch.Generator().manual_seed(5)
+    vocab, n = 300, 4
+    hidden = torch.randn(n, vocab, generator=rng)
+    target = torch.tensor([0, 128, 299, 77])  # ends and edges of tiles
+    rows = torch.arange(n)
+    top = hidden.max(dim=1).values
+    hidden[rows, target] = top + gap
+    inputs = (hidden, torch.eye(vocab), None, target)
+    true = outputs_and_grads(naive, *as_double(*inputs), wants)
+    ours = outputs_and_grads(linear_logprob, *inputs, wants)
+    assert (ours["logprob"] <= 0).all() and (ours["log1m_prob"] <= 0).all()
+    for name, expected in true.items():
+        assert torch.isfinite(ours[name]).all(), name
+        if (name == "log1m_prob" and gap < 0) or (name == "logprob" and gap > 80):
+            # exp(-88) and below: the naive difference rounds it away even in fp64.
+            assert ours[name].abs().max() < 1e-30
+        else:
+            torch.testing.assert_close(
+                ours[name].double(), expected, rtol=2e-5, atol=1e-6, msg=name
+            )
+
+
+def test_flat_rows():
+    hidden = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    _, weight, _, target = problem(3, torch.bfloat16)
+    result = linear_logprob(hidden, weight, target, return_entropy=True)
+    expected = torch.full((3,), math.log(VOCAB))
+    torch.testing.assert_close(-result.logprob, expected)
+    torch.testing.assert_close(result.entropy, expected)
+
+
+@pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
+def test_ignored_rows(wants):
+    inputs = problem(20, torch.float32, bias=True)
+    hidden, weight, bias = (
+        x.requires_grad_(k in wants) for x, k in zip(inputs, "hwb", strict=False)
+    )
+    target = inputs[3]
+    ignored = target == IGNORED
+    result = linear_logprob(hidden, weight, target, bias=bias, return_entropy=True)
+    for value in (result.logprob, result.log1m_prob, result.entropy):
+        assert (value[ignored] == 0).all() and (value[~ignored] != 0).all()
+    up = torch.where(ignored, torch.nan, 1.0)
+    torch.autograd.backward([result.logprob, result.log1m_prob], [up, up])
+    assert (hidden.grad[ignored] == 0).all()
+    assert (hidden.grad[~ignored] != 0).any(dim=1).all()
+    if "w" in wants:
+        assert torch.isfinite(weight.grad).all() and torch.isfinite(bias.grad).all()
+
+
+@pytest.mark.parametrize("wants", ["", "h", "hwb"])
+@pytest.mark.parametrize("n", [0, 5])
+def test_no_rows(n, wants):
+    hidden, weight, bias, _ = problem(n, torch.bfloat16, bias=True)
+    target = torch.full((n,), IGNORED)
+    ours = outputs_and_grads(linear_logprob, hidden, weight, bias, target, wants)
+    assert len(ours) == 2 + len(wants)
+    assert all((value == 0).all() for value in ours.values())
+
+
+@pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
+def test_banned_tokens(wants, small_tiles):
+    # A bias of -inf over whole tiles.
+    inputs = problem(12, torch.float32, bias=True)
+    banned = torch.arange(VOCAB) < 700
+    inputs[3].clamp_(max=VOCAB - 1)
+    inputs[3][inputs[3] >= 0] = 700 + inputs[3][inputs[3] >= 0] % 300
+    inputs[2][banned] = -torch.inf
+    true = outputs_and_grads(naive, *as_double(*inputs), wants)
+    ours = outputs_and_grads(linear_logprob, *inputs, wants)
+    for name, expected in true.items():
+        torch.testing.assert_close(ours[name].double(), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sole_token_left():
+    hidden, weight, bias, _ = problem(2, torch.float32, bias=True)
+    bias.fill_(-torch.inf)
+    bias[5] = 0.0
+    result = linear_logprob(
+        hidden.requires_grad_(), weight, torch.tensor([5, 5]), bias=bias, return_entropy=True
+    )
+    assert (result.logprob == 0).all() and (result.entropy == 0).all()
+    result.logprob.sum().backward()
+    assert (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_entropy(options, small_tiles):
+    options = dict(options)
+    hidden, weight, bias, target = problem(31, torch.float32, bias=options.pop("bias", False))
+    result = linear_logprob(
+        hidden.requires_grad_(), weight, target, bias=bias, return_entropy=True, **options
+    )
+    expected = naive(*as_double(hidden, weight, target), bias=as_double(bias)[0], **options)
+    torch.testing.assert_close(
+        result.entropy, expected.entropy.detach().float(), rtol=1e-5, atol=1e-5
+    )
+    assert not result.entropy.requires_grad
+    assert linear_logprob(hidden, weight, target).entropy is None
+
+
+def test_non_contiguous_inputs(small_tiles):
+    inputs = problem(21, torch.float32, bias=True)
+    hidden, weight, bias, target = inputs
+    strided = (
+        hidden.repeat_interleave(2, dim=1)[:, ::2],
+        weight.t().contiguous().t(),
+        bias.repeat_interleave(3)[::3],
+        target.repeat_interleave(2)[::2],
+    )
+    assert not any(x.is_contiguous() for x in strided)
+    expected = outputs_and_grads(linear_logprob, *inputs)
+    ours = outputs_and_grads(linear_logprob, *strided)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
+def test_independent_of_tile_size(wants, monkeypatch):
+    inputs = problem(50, torch.float32, bias=True)
+    results = []
+    # One tile for all; rows of one tile of columns; tiles of a single row; narrow and tall tiles.
+    for tile, columns in ((1 << 20, 2048), (4096, 1003), (64, 512), (1024, 16)):
+        monkeypatch.setitem(reference.TILE_BYTES, "cpu", 4 * tile)
+        monkeypatch.setattr(reference, "MIN_TILE_COLUMNS", columns)
+        results.append(outputs_and_grads(linear_logprob, *inputs, wants, softcap=6.0))
+    for name, value in results[0].items():
+        for other in results[1:]:
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
+def test_deterministic(wants, small_tiles):
+    inputs = problem(33, torch.bfloat16, bias=True)
+    first, second = (outputs_and_grads(linear_logprob, *inputs, wants) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest storage that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                size = x.untyped_storage().nbytes() // x.element_size()
+                self.numel = max(self.numel, size)
+        return result
+
+
+@pytest.mark.parametrize("wants", ["", "h", "w", "b", "hwb"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_stay_within_a_tile(dtype, wants, small_tiles):
+    n, d = 64, 4
+    rng = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(n, d, generator=rng).to(dtype),
+        torch.randn(VOCAB, d, generator=rng).to(dtype),
+        torch.randn(VOCAB, generator=rng).to(dtype),
+        torch.randint(VOCAB, (n,), generator=rng),
+    )
+    with LargestTensor() as largest:
+        outputs_and_grads(linear_logprob, *inputs, wants, softcap=5.0)
+    assert largest.numel <= small_tiles < n * VOCAB
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
+def test_gradient_checkpointing(wants, reentrant):
+    def recomputed(hidden, weight, target, bias):
+        def inner(hidden, weight, bias):
+            result = linear_logprob(hidden, weight, target, bias=bias)
+            return result.logprob, result.log1m_prob
+
+        return TokenLogprobs(
+            *checkpoint(inner, hidden, weight, bias, use_reentrant=reentrant), entropy=None
+        )
+
+    inputs = problem(11, torch.float32, bias=True)
+    expected = outputs_and_grads(linear_logprob, *inputs, wants)
+    ours = outputs_and_grads(recomputed, *inputs, wants)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_autocast_has_no_say():
+    inputs = problem(11, torch.float32, bias=True)
+    expected = outputs_and_grads(linear_logprob, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs_and_grads(linear_logprob, *inputs)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+H, W, Y = torch.zeros(3, 4), torch.zeros(7, 4), torch.tensor([0, 6, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(1, 3, 4)}, r"hidden is \[1, 3, 4\] float32: must be \[N, D\]"),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.int64)}, "hidden is .* int64"),
+        ({"weight": torch.zeros(7, 5)}, r"weight is \[7, 5\] float32: must be \[V, 4\]"),
+        ({"weight": torch.zeros(1, 4)}, "V >= 2"),
+        ({"weight": torch.zeros(0)}, "ZeRO-3"),
+        ({"weight": W.bfloat16()}, "weight is in torch.bfloat16: must be in hidden's"),
+        ({"weight": W.to("meta")}, "weight is on meta: must be on hidden's cpu"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target is \[2\] int64: must be \[3\]"),
+        ({"target": Y.int()}, "target is .* int32"),
+        ({"target": torch.tensor([0, 7, 1])}, r"target\[1\] = 7: must be in \[0, 7\)"),
+        ({"target": torch.tensor([0, 6, -1])}, r"target\[2\] = -1: .* ignore_index = -100"),
+        ({"bias": torch.zeros(6)}, r"bias is \[6\] float32: must be \[7\]"),
+        ({"bias": torch.zeros(7, dtype=torch.float64)}, "bias is in torch.float64"),
+        ({"softcap": 0.0}, "softcap = 0.0"),
+        ({"softcap": math.nan}, "softcap = nan"),
+        ({"temperature": 0.0}, "temperature = 0.0"),
+        ({"temperature": math.inf}, "temperature = inf"),
+        ({"impl": "cuda"}, "impl = 'cuda': available are torch"),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**({"hidden": H, "weight": W, "target": Y} | change))
+
+
+def test_ignore_index_may_be_a_token():
+    hidden, weight, _, target = problem(6, torch.float32, ignore=False)
+    target[2] = 0
+    result = linear_logprob(hidden, weight, target, ignore_index=0)
+    assert result.logprob[2] == 0 and (result.logprob[[0, 1, 3, 4, 5]] < 0).all()
