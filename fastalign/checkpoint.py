@@ -128,14 +128,23 @@ _FREE = {
 
 
 def _check_same_run(saved: Config, config: Config, path: Path) -> None:
-    before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
-    changed = [k for k in now if k not in _FREE and before.get(k) != now[k]]
-    if changed:
-        k = changed[0]
-        raise ConfigError(
-            f"resume_from_checkpoint: {path} was made with {k} = {before.get(k)!r}, the recipe "
-            f"says {now[k]!r}; put it back or start afresh in another output_dir"
-        )
+    before, now = (c.model_dump(mode="json", by_alias=True) for c in (saved, config))
+    for key in (key for key in now if key not in _FREE):
+        name, old, new = _difference(key, before.get(key), now[key])
+        if old != new:
+            raise ConfigError(
+                f"resume_from_checkpoint: {path} was made with {name} = {old!r}, the recipe "
+                f"says {new!r}; put it back or start afresh in another output_dir"
+            )
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first key at which two values differ, below ``name`` where both are sections."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _difference(f"{name}.{key}", old.get(key), new.get(key))
+    return name, old, new
 
 
 def _forget_old(output_dir: Path, keep: int) -> None:

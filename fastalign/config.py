@@ -119,7 +119,6 @@ class RolloutConfig(_Strict):
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
     enforce_eager: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    timeout_s: PositiveFloat = Field(1800.0, description="Longest wait for one engine call.")
 
 
 class JudgeConfig(_Strict):

@@ -102,13 +102,13 @@ class SelfPairwiseJudge:
             for principle in self.principles
             for first, second in ((pair.a, pair.b), (pair.b, pair.a))
         ]
-        if not prompts:
-            return []
+        # Also without any: on several ranks this may be collective, and others may have some.
         logprobs = self.next_logprobs(prompts, self.tokens)
         table = np.exp(logprobs.astype(np.float64)).reshape(len(pairs), len(self.principles), 2, 2)
+        verdicts = [verdict(scores, self.tie) for scores in table]
         return [
-            Verdict(0.5, 0.5, None) if pair.a == pair.b else verdict(scores, self.tie)
-            for pair, scores in zip(pairs, table, strict=True)
+            Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
+            for pair, seen in zip(pairs, verdicts, strict=True)
         ]
 
 
@@ -122,7 +122,8 @@ def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
     A NaN anywhere makes the judge abstain.
     """
     if not np.isfinite(probabilities).all():
-        return Verdict(0.5, 0.5, None)
+        # No mass either: a judge that always fails is not taken for a sure one.
+        return Verdict(0.5, 0.5, None, mass=0.0)
     score_a = (probabilities[:, 0, 0] + probabilities[:, 1, 1]) / 2
     score_b = (probabilities[:, 0, 1] + probabilities[:, 1, 0]) / 2
     gap = score_a - score_b

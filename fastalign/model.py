@@ -91,6 +91,11 @@ class TrainedModel:
     grad_norm: Callable[[], float]
 
     @property
+    def reference_policy(self) -> Policy:
+        """The second set of weights, out of its DeepSpeed engine."""
+        return getattr(self.reference_engine, "module", self.reference_engine)
+
+    @property
     def reference_adapter_name(self) -> str | None:
         """What the rollout engine calls the frozen start: an adapter, or None for the base."""
         return REFERENCE if self.has_reference_adapter else None
@@ -102,7 +107,8 @@ class TrainedModel:
             if self.reference_engine is not None:
                 yield self.reference_engine
                 return
-            training = self.engine.training
+            # The engine's own flag says nothing: DeepSpeed switches the module it wraps alone.
+            training = self.policy.training
             self.engine.eval()
             try:
                 with active_adapter(self.policy, self.reference_adapter_name):
@@ -256,6 +262,8 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
         optimizer=optimizer,
         config={**settings, "gradient_clipping": 0.0 if clips_itself else config.max_grad_norm},
     )
+    if stage == 3:
+        _register_head(policy)
     reference_engine = None
     if needs_reference and not config.use_peft:
         reference_engine = _reference_engine(config, dtype, device, stage, settings)
@@ -397,7 +405,18 @@ def _reference_engine(
     if stage < 3:
         return policy
     engine, *_ = deepspeed.initialize(model=policy, config=settings)
+    _register_head(policy)
     return engine.eval()
+
+
+def _register_head(policy: Policy) -> None:
+    """Tell ZeRO-3 that the policy's own forward reads the LM head.
+
+    It would find out by itself, but only in the middle of a pass, and then trip over the order of
+    parameters that it noted in an earlier one without the head.
+    """
+    for parameter in policy.causal_lm.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(policy, parameter)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -161,7 +161,13 @@ def next_logprobs(run: Run, who: JudgeConfig) -> judge.NextLogprobs:
         return ReferenceScorer(model)
     else:
         adapter = model.reference_adapter_name
-    return lambda prompts, tokens: engine.next_logprobs(prompts, tokens, adapter)
+
+    def by_engine(prompts: Sequence[np.ndarray], tokens: Sequence[int]) -> np.ndarray:
+        if not prompts:
+            return np.zeros((0, len(tokens)), dtype=np.float32)
+        return engine.next_logprobs(prompts, tokens, adapter)
+
+    return by_engine
 
 
 def _check_decision_mass(config: Config, figures: dict[str, float]) -> None:

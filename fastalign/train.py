@@ -246,8 +246,11 @@ def _order(config: Config, n: int, round_index: int) -> np.ndarray:
 
 
 def _needs_reference(config: Config, method: Method) -> bool:
-    judges = config.judge is not None and config.judge.type == "self"
-    return method.needs_reference or (judges and config.judge.model == "reference")
+    judges = (config.judge, config.eval_judge) if config.online else ()
+    return method.needs_reference or any(
+        judge is not None and judge.type == "self" and judge.model == "reference"
+        for judge in judges
+    )
 
 
 def _make_engine(config: Config, device: torch.device) -> RolloutEngine:
@@ -259,7 +262,6 @@ def _make_engine(config: Config, device: torch.device) -> RolloutEngine:
         max_model_len=config.max_length + config.max_completion_length,
         lora_rank=config.lora_r if config.use_peft else None,
         seed=config.seed,
-        rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         trust_remote_code=config.trust_remote_code,
     )
@@ -270,9 +272,10 @@ def check_start(run: Run) -> None:
     model, say = run.model, run.tracker.say
     vocabulary = model.policy.causal_lm.config.get_text_config().vocab_size
     run.model.engine.eval()
-    unpacked = check_packing(
-        model.policy, model.engine, probe_batch(vocabulary, (37, 52), model.device)
-    )
+    probe = probe_batch(vocabulary, (37, 52), model.device)
+    unpacked = check_packing(model.policy, model.engine, probe)
+    if model.reference_engine is not None:
+        check_packing(model.reference_policy, model.reference_engine, probe)
     text = run.tokenizer(
         "The quick brown fox jumps over the lazy dog. It was not amused."
     ).input_ids
@@ -379,6 +382,8 @@ def run_rounds(
             examples, collected = collect(run, rounds.prompts, position.round)
             tracker.log(position.step, collected, show=False)
             metrics |= collected
+            if not examples:
+                tracker.say(f"round {position.round + 1} of {rounds.count}: nothing to train on")
         for batch_index, batch in batches(config, examples, position):
             if position.step >= rounds.total_steps:
                 break
@@ -387,10 +392,12 @@ def run_rounds(
                 # Rounds may hold fewer examples than planned; the schedule follows the rounds.
                 share = batch_index / _batches_in(config, examples)
                 scheduled = (position.round + share) * rounds.steps_per_round
-            metrics |= update(run, batch, scheduled, rounds.total_steps)
+            done = update(run, batch, scheduled, rounds.total_steps)
+            metrics |= done
             position = replace(position, step=position.step + 1, batch=batch_index + 1)
             if position.step % config.logging_steps == 0:
-                tracker.log(position.step, metrics)
+                # This step's figures alone: rounds and evaluations have lines of their own.
+                tracker.log(position.step, done)
             if config.eval_steps and position.step % config.eval_steps == 0:
                 scores = evaluate(position.step)
                 metrics |= scores
@@ -404,7 +411,9 @@ def run_rounds(
                 )
         position = replace(position, round=position.round + 1, batch=0)
     if config.eval_steps and position.step % config.eval_steps:
-        metrics |= evaluate(position.step)
+        scores = evaluate(position.step)
+        metrics |= scores
+        weigh(run, position, scores)
     return metrics
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, transformers or vllm are imported, which read these once.
@@ -90,6 +91,49 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sharp_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a louder LM head: probabilities from 1e-9 to nearly 1, as trained models
+    have them, where those of the random model are all about 1 / V."""
+    return _louder(tiny_llama, tmp_path_factory.mktemp("sharp-llama"), seed=None)
+
+
+@pytest.fixture(scope="session")
+def other_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the sharp Llama, with other weights in every matrix."""
+    return _louder(tiny_llama, tmp_path_factory.mktemp("other-llama"), seed=1)
+
+
+def _louder(source: Path, folder: Path, seed: int | None) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        model.lm_head.weight.mul_(25)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def quiet_process() -> Iterator[None]:
+    """For tests that train in this process: one thread, which repeats bit for bit and does not
+    spin beside others, and none of torchrun's variables left behind for later children."""
+    import torch
+
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _tiny_tokenizer():

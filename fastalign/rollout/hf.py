@@ -87,6 +87,7 @@ class HfEngine:
         self._peft: Any = None
         self._adapters: dict[str, int] = {}
         self._version = 0
+        self._asleep = False
         self._failure: str | None = None
 
     def generate(
@@ -142,6 +143,7 @@ class HfEngine:
         Raises:
             EngineError: see :class:`RolloutEngine`.
         """
+        self._check_awake()
         start = time.perf_counter()
         self._failure = f"the transfer of version {version} did not finish"
         sent: dict[str, Fingerprint] = {}
@@ -179,37 +181,49 @@ class HfEngine:
         config: Mapping[str, Any],
         version: int,
     ) -> SyncReport:
-        """Put a LoRA adapter beside the base, unmerged and in the dtype that it is sent in.
+        """Put a LoRA adapter beside the base, unmerged and in float32.
 
         Raises:
             EngineError: the configuration is no LoRA's, or the adapter that the model then holds
                 differs from what was sent.
         """
+        self._check_awake()
         start = time.perf_counter()
         self._adapters.pop(name, None)
-        with torch.no_grad():
-            self._install(name, config)
-            _receive_adapter(self._peft, name, tensors)
+        self._install(name, config)
+        # New adapter layers start in training mode, and would sample with dropout.
+        self._peft.eval()
         held = _adapter_tensors(self._peft, name)
         sent: dict[str, Fingerprint] = {}
         size = 0
-        for key, tensor in tensors.items():
-            like = held.get(key, tensor)
-            tensor = tensor.to(device=like.device, dtype=like.dtype)
-            sent[key] = fingerprint(tensor)
-            size += tensor.numel() * tensor.element_size()
-        verify(sent, {key: fingerprint(t) for key, t in held.items()}, frozenset(tensors))
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                place = held.get(key)
+                if place is not None and place.shape != tensor.shape:
+                    raise EngineError(
+                        f"adapter {name!r}: {key} has shape {tuple(tensor.shape)}, its "
+                        f"configuration makes it {tuple(place.shape)}"
+                    )
+                if place is not None:
+                    tensor = tensor.to(device=place.device, dtype=place.dtype)
+                    _place(place, tensor)
+                sent[key] = fingerprint(tensor)
+                size += tensor.numel() * tensor.element_size()
+        received = {key: fingerprint(x) for key, x in _adapter_tensors(self._peft, name).items()}
+        verify(sent, received, frozenset(tensors))
         self._adapters[name] = version
         return SyncReport(version, len(sent), size, time.perf_counter() - start)
 
     def sleep(self) -> None:
         """Move the replica to host memory.  On a CPU there is nothing to give up."""
+        self._asleep = True
         if self._device.type != "cpu":
             self._model.to("cpu")
             torch.accelerator.empty_cache()
 
     def wake(self) -> None:
         """Move the replica back to its device."""
+        self._asleep = False
         self._model.to(self._device)
 
     def close(self) -> None:
@@ -221,7 +235,12 @@ class HfEngine:
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()
 
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise EngineError("the embedded engine sleeps: wake it first")
+
     def _check_usable(self, adapter: str | None) -> None:
+        self._check_awake()
         if self._failure is not None:
             raise EngineError(f"the embedded engine holds no known weights: {self._failure}")
         if adapter is not None and adapter not in self._adapters:
@@ -246,14 +265,14 @@ class HfEngine:
             raise EngineError(f"adapter {name!r} is of type {parsed.peft_type}: LoRA is supported")
         parsed.inference_mode = True
         if self._peft is None:
-            self._peft = PeftModel(self._model, parsed, name, autocast_adapter_dtype=False)
+            self._peft = PeftModel(self._model, parsed, name)
             return
         held = self._peft.peft_config.get(name)
-        if held is not None and held.to_dict() == parsed.to_dict():
-            return
-        if held is not None:
+        if held is None:
+            self._peft.add_adapter(name, parsed)
+        elif held.to_dict() != parsed.to_dict():
             self._peft.delete_adapter(name)
-        self._peft.add_adapter(name, parsed, autocast_adapter_dtype=False)
+            self._peft.add_adapter(name, parsed)
 
     def _batches(self, prompts: Sequence[np.ndarray]) -> Iterator[list[int]]:
         """Indices of requests that run together: equal prompts side by side, similar lengths."""
@@ -380,7 +399,7 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers = (_roomy(key_states), _roomy(value_states))
-            self._show(*key_states.shape[:1], key_states.shape[-2])
+            self._show(len(key_states), key_states.shape[-2])
             return self.keys, self.values
         filled = self.keys.shape[-2]
         end = filled + key_states.shape[-2]
@@ -427,8 +446,8 @@ def _new_cache(config: Any) -> DynamicCache:
 def _close_gaps(keep_R: torch.Tensor) -> torch.Tensor:
     """Indices of the kept rows, arranged so that as few as possible change their place.
 
-    Kept rows among the first n = keep.sum() stay where they are, and each gap there takes one of the
-    kept rows behind: [1, 0, 1, 1, 0] gives [0, 3, 2].
+    Kept rows among the first n = keep.sum() stay where they are, and each gap there takes one of
+    the kept rows behind: [1, 0, 1, 1, 0] gives [0, 3, 2].
     """
     rows = torch.arange(len(keep_R), device=keep_R.device)
     count = int(keep_R.sum())
@@ -441,28 +460,8 @@ def _place(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
     parameter.copy_(tensor)
 
 
-def _receive_adapter(peft_model: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy ``tensors`` into adapter ``name`` and take over their dtype."""
-    from peft import set_peft_model_state_dict
-
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1:
-        raise EngineError(f"adapter {name!r} was sent in the dtypes {dtypes}: it must have one")
-    (dtype,) = dtypes
-    for module in peft_model.modules():
-        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            held = getattr(module, group, None)
-            if held is not None and name in held:
-                held[name].data = (
-                    held[name].data.to(dtype)
-                    if isinstance(held, torch.nn.ParameterDict)
-                    else held[name].to(dtype).weight.data
-                )
-    set_peft_model_state_dict(peft_model, dict(tensors), adapter_name=name)
-
-
 def _adapter_tensors(peft_model: Any, name: str) -> dict[str, torch.Tensor]:
-    """What the model holds of adapter ``name``, under the names that PEFT saves."""
+    """The model's own tensors of adapter ``name``, under the names that PEFT saves."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)

@@ -35,9 +35,9 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     """Checksum of a tensor's bits, computed where the tensor lives.
 
     The tensor is read as 64-bit lanes x_i (the last one filled up with zero bytes).  The first
-    number is sum_i x_i * w_i with odd weights w_i, the second sum_i mix(x_i ^ w_i) with splitmix64's
-    finaliser plus the number of bytes, both modulo 2**64.  Integer sums do not depend on the order
-    of addition, so every device and chunk size gives the same numbers.
+    number is sum_i x_i * w_i with odd weights w_i, the second sum_i mix(x_i ^ w_i) with the
+    finaliser of splitmix64 plus the number of bytes, both modulo 2**64.  Integer sums do not depend
+    on the order of addition, so every device and chunk size gives the same numbers.
 
     Args:
         tensor: any dtype and shape, contiguous or not.  The shape is not part of the checksum, so a
@@ -67,7 +67,7 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
 
 
 def _add(total: torch.Tensor, piece: torch.Tensor, weights_L: torch.Tensor, first: int) -> None:
-    """Add the sums over ``piece`` (bytes of lanes ``first``, ``first + 1``, ...) to ``total`` [2]."""
+    """Add the sums over ``piece``, the bytes of lanes ``first`` and on, to ``total`` [2]."""
     if piece.storage_offset() % _LANE_BYTES:
         piece = piece.clone()  # a view as int64 wants its storage offset in whole lanes
     x = piece.view(torch.int64)
@@ -105,8 +105,8 @@ def verify(
     problems = [
         _listed("never sent", expected - sent.keys()),
         _listed("sent but unknown", sent.keys() - expected),
-        _listed("sent but not received", (expected & sent.keys()) - received.keys()),
-        _listed("received but unknown", received.keys() - expected),
+        _listed("sent but not held by the engine", (expected & sent.keys()) - received.keys()),
+        _listed("held by the engine but unknown", received.keys() - expected),
         _listed(
             "of other content than was sent",
             {
@@ -195,7 +195,8 @@ def canary(
     )
     figures = (
         f"the trainer's log-probs moved by {report.change:.4g}, the engine's then differ from them "
-        f"by {report.gap:.4g}, and after the restore from their start by {report.residue:.4g} (mean, nats)"
+        f"by {report.gap:.4g}, and after the restore from their start by {report.residue:.4g} "
+        "(means, in nats)"
     )
     # Written so that a NaN fails.
     if not report.change >= 4 * floor:
@@ -214,7 +215,7 @@ def _flat(values: np.ndarray) -> np.ndarray:
 def _distance(left: np.ndarray, right: np.ndarray) -> float:
     if left.shape != right.shape or left.size == 0:
         raise EngineError(
-            f"canary: {left.size} and {right.size} log-probs cannot be compared: engine and trainer "
-            "must score the same tokens"
+            f"canary: {left.size} and {right.size} log-probs cannot be compared: engine and "
+            "trainer must score the same tokens"
         )
     return float(np.abs(left - right).mean())

@@ -6,6 +6,7 @@ them exist at a time, whatever N and V.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -46,61 +47,46 @@ def linear_logprob_forward(
         All are in fp32, or fp64 for fp64 inputs, and 0 in ignored rows.
     """
     n, d = hidden.shape
-    vocab = weight.shape[0]
-    wide = _wide(hidden.dtype)
-    log_odds, log_rest = (hidden.new_zeros(n, dtype=wide) for _ in range(2))
-    out_unit = hidden.new_zeros(n, d, dtype=wide) if unit_grad else None
-    out_entropy = hidden.new_zeros(n, dtype=wide) if entropy else None
-    kept = (target != ignore_index).nonzero()[:, 0]
-    rows, columns = _tile_shape(len(kept), vocab, log_odds)
-    for block in kept.split(rows) if len(kept) else ():
-        y, h = target[block], hidden[block]
-        target_weight, raw, target_logit, target_slope = _targets(
-            h, weight, bias, y, softcap, temperature
-        )
-        h = _operand(h)
-        near = raw
-        if _rounds(h):
-            # The target is often far from the tokens that make up the rest: look at a few first.
-            w = _operand(weight[:MIN_TILE_COLUMNS])
-            few = _set_target(_logits(h, w, None, raw), y, -torch.inf)
-            near = few.amax(dim=1)
+    head = _Head(weight, bias, softcap, temperature)
+    log_odds, log_rest = hidden.new_zeros(2, n, dtype=head.wide)
+    out_unit = hidden.new_zeros(n, d, dtype=head.wide) if unit_grad else None
+    out_entropy = hidden.new_zeros(n, dtype=head.wide) if entropy else None
+    blocks, stretches = _tiles(target != ignore_index, head)
+    for rows in blocks:
+        block = head.block(hidden[rows], target[rows])
         # Finite, so that a tile of -inf (a bias that bans tokens) adds zeros instead of NaN.
-        peak = torch.full_like(target_logit, torch.finfo(wide).min)
+        peak = torch.full_like(block.target_logit, torch.finfo(head.wide).min)
         total = torch.zeros_like(peak)
-        mean = torch.zeros_like(peak)
-        pull = hidden.new_zeros(len(block), d, dtype=wide) if unit_grad else None
-        for start in range(0, vocab, columns):
-            w = _operand(weight[start : start + columns])
-            b = None if bias is None else bias[start : start + columns]
-            z, slope = _cap(_logits(h, w, b, near), softcap, temperature, unit_grad)
-            _set_target(z, y - start, -torch.inf)
+        surprise = torch.zeros_like(peak)
+        pull = torch.zeros_like(block.target_weight) if unit_grad else None
+        for start, stop in stretches:
+            w, z, slope = head.tile(block, start, stop)
+            _set_target(z, block.y - start, -torch.inf)
             new_peak = torch.maximum(peak, z.amax(dim=1, keepdim=True))
             shrink = torch.exp(peak - new_peak)
             p = z.sub_(new_peak).exp_()
             if entropy:
-                # sum of p log p, relative to the new peak; entr(0) is 0 where 0 * -inf is NaN.
-                mean.add_(total * (peak - new_peak)).mul_(shrink)
-                mean.sub_(torch.special.entr(p).sum(dim=1, keepdim=True))
+                # -sum p log p relative to the new peak; entr(0) is 0 where 0 * -inf is NaN.
+                surprise.sub_(total * (peak - new_peak)).mul_(shrink)
+                surprise.add_(torch.special.entr(p).sum(dim=1, keepdim=True))
             total.mul_(shrink).add_(p.sum(dim=1, keepdim=True))
             if pull is not None:
                 if slope is not None:
                     p.mul_(slope)
                 _add_product(pull.mul_(shrink), p.to(w.dtype), w)
             peak = new_peak
-            near = _uncap(peak[:, 0], softcap, temperature)
-        total.clamp_min_(torch.finfo(wide).tiny)
+        total.clamp_min_(torch.finfo(head.wide).tiny)
         rest = peak + total.log()
-        odds = target_logit - rest
-        log_odds[block], log_rest[block] = odds[:, 0], rest[:, 0]
+        odds = block.target_logit - rest
+        log_odds[rows], log_rest[rows] = odds[:, 0], rest[:, 0]
         if out_unit is not None and pull is not None:
-            unit = target_slope * target_weight - pull.div_(total)
-            out_unit[block] = unit.div_(temperature)
+            unit = block.target_slope * block.target_weight - pull / total
+            out_unit[rows] = unit.div_(temperature)
         if out_entropy is not None:
             # H = H(p, 1 - p) + (1 - p) H(q)
             p, other = torch.sigmoid(odds), torch.sigmoid(-odds)
-            within = other * (total.log() - mean / total)
-            out_entropy[block] = (torch.special.entr(p) + torch.special.entr(other) + within)[:, 0]
+            within = other * (total.log() + surprise / total)
+            out_entropy[rows] = (torch.special.entr(p) + torch.special.entr(other) + within)[:, 0]
     return log_odds, log_rest, out_unit, out_entropy
 
 
@@ -120,9 +106,9 @@ def linear_logprob_backward(
     """Gradients of hidden, weight and bias from the logits computed again: 1 pass, and 1 more for
     each of hidden and weight.
 
-    dz_t = g_m and dz_j = -g_m exp(z_j - log_rest) for the others.  Tiles of one stretch of the
-    vocabulary follow each other, so that its slice of the weight's gradient is summed in fp32 and
-    written once, and no [V, D] accumulator exists.
+    dz_t = g_m and dz_j = -g_m exp(z_j - log_rest) for the others.  All rows go through one stretch
+    of the vocabulary before the next, so that its slice of the weight's gradient is summed in fp32
+    and written once, and no [V, D] accumulator exists.
 
     Args:
         grad_log_odds: [N] g_m, in the dtype of ``log_rest``; 0 in ignored rows.
@@ -132,67 +118,130 @@ def linear_logprob_backward(
     Returns:
         Gradients of hidden [N, D], weight [V, D] and bias [V] in their dtypes, None if unwanted.
     """
-    n, d = hidden.shape
-    vocab = weight.shape[0]
     want_hidden, want_weight, want_bias = wanted
+    head = _Head(weight, bias, softcap, temperature)
+    grad_hidden = torch.zeros_like(hidden) if want_hidden else None
     grad_weight = torch.empty_like(weight) if want_weight else None
     grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
-    kept = (target != ignore_index).nonzero()[:, 0]
-    rows, columns = _tile_shape(len(kept), vocab, log_rest)
-    blocks = kept.split(rows) if len(kept) else ()
-    h_blocks = [hidden[block] for block in blocks]
-    scale = grad_log_odds[:, None] / temperature
-    target_scale = torch.zeros_like(scale)
-    pulls = []
-    for block, h in zip(blocks, h_blocks, strict=True):
-        target_weight, _, _, slope = _targets(h, weight, bias, target[block], softcap, temperature)
-        target_scale[block] = scale[block] * slope
-        # The target's own term would swamp the product that it is part of, when that is rounded.
-        pulls.append(target_scale[block] * target_weight if want_hidden else None)
-    h_blocks = [_operand(h) for h in h_blocks]
-    near = _uncap(log_rest, softcap, temperature)
-    for start in range(0, vocab, columns):
-        stop = min(start + columns, vocab)
-        w = _operand(weight[start:stop])
-        b = None if bias is None else bias[start:stop]
-        sum_weight = log_rest.new_zeros(stop - start, d) if want_weight else None
+    blocks, stretches = _tiles(target != ignore_index, head)
+    work = []
+    for rows in blocks:
+        block = head.block(hidden[rows], target[rows])
+        scale = grad_log_odds[rows, None] / temperature
+        target_scale = scale * block.target_slope
+        # The target's term is added apart: it would swamp a product that is rounded.
+        pull = target_scale * block.target_weight if want_hidden else None
+        work.append((block, log_rest[rows, None], scale, target_scale, pull))
+    for start, stop in stretches:
+        sum_weight = log_rest.new_zeros(stop - start, weight.shape[1]) if want_weight else None
         sum_bias = log_rest.new_zeros(stop - start) if want_bias else None
-        for block, h, pull in zip(blocks, h_blocks, pulls, strict=True):
-            z, slope = _cap(_logits(h, w, b, near[block]), softcap, temperature, True)
-            y = target[block] - start
-            dz = z.sub_(log_rest[block, None]).exp_().mul_(-scale[block])
+        for block, rest, scale, target_scale, pull in work:
+            w, z, slope = head.tile(block, start, stop)
+            dz = z.sub_(rest).exp_().mul_(-scale)
             if slope is not None:
                 dz.mul_(slope)
-            # Last, because exp overflows at a target far above the rest.
-            _set_target(dz, y, target_scale[block])
+            # Not before: exp overflows at a target far above the rest.
+            _set_target(dz, block.y - start, target_scale)
             if sum_bias is not None:
                 sum_bias += dz.sum(dim=0)
             dz = dz.to(w.dtype)
             if sum_weight is not None:
-                _add_product(sum_weight, dz.t(), h)
+                _add_product(sum_weight, dz.t(), block.h)
             if pull is not None:
-                _add_product(pull, _set_target(dz, y, 0.0), w)
-        if grad_weight is not None:
+                _add_product(pull, _set_target(dz, block.y - start, 0.0), w)
+        if grad_weight is not None and sum_weight is not None:
             grad_weight[start:stop] = sum_weight
-        if grad_bias is not None:
+        if grad_bias is not None and sum_bias is not None:
             grad_bias[start:stop] = sum_bias
-    grad_hidden = hidden.new_zeros(n, d) if want_hidden else None
     if grad_hidden is not None:
-        for block, pull in zip(blocks, pulls, strict=True):
-            grad_hidden[block] = pull.to(hidden.dtype)
+        for rows, (*_, pull) in zip(blocks, work, strict=True):
+            assert pull is not None
+            grad_hidden[rows] = pull.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which sums are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(frozen=True)
+class _Block:
+    """Rows that are worked through together; all but h and y in fp32 (fp64)."""
+
+    h: torch.Tensor  # [rows, D] as it enters products
+    y: torch.Tensor  # [rows] targets
+    near: torch.Tensor  # [rows, 1] raw logits around which products may be rounded
+    target_weight: torch.Tensor  # [rows, D] W_t
+    target_logit: torch.Tensor  # [rows, 1] z_t
+    target_slope: torch.Tensor | float  # [rows, 1] cap'_t
 
 
-def _tile_shape(n: int, vocab: int, like: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of a tile with at most TILE_BYTES in the dtype and on the device of like."""
-    budget = TILE_BYTES.get(like.device.type, TILE_BYTES["cuda"]) // like.element_size()
-    columns = min(vocab, max(MIN_TILE_COLUMNS, budget // max(n, 1)))
-    return max(1, budget // columns), columns
+@dataclass(frozen=True)
+class _Head:
+    """z = cap(h W^T + b) / T."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    temperature: float
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype of logits and sums."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def block(self, hidden: torch.Tensor, y: torch.Tensor) -> _Block:
+        """What concerns the targets y [rows], in full precision whatever the products have."""
+        target_weight = self.weight[y].to(self.wide)
+        raw = torch.einsum("nd,nd->n", hidden.to(self.wide), target_weight)[:, None]
+        biased = raw.clone() if self.bias is None else raw + self.bias[y, None]
+        logit, slope = self._cap(biased)
+        h = _operand(hidden)
+        return _Block(
+            h=h,
+            y=y,
+            near=self._near(h, y, raw) if _rounds(h) else raw,
+            target_weight=target_weight,
+            target_logit=logit,
+            target_slope=1.0 if slope is None else slope,
+        )
+
+    def tile(
+        self, block: _Block, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Weights [columns, D] as they enter products, logits [rows, columns] and their slope."""
+        w = _operand(self.weight[start:stop])
+        raw = _product_around(block.near, block.h, w)
+        if self.bias is not None:
+            raw += self.bias[start:stop]
+        return w, *self._cap(raw)
+
+    def _cap(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits in place of raw ones, and cap' = 1 - tanh^2 or None where it is 1."""
+        if self.softcap is None:
+            return (raw if self.temperature == 1.0 else raw.div_(self.temperature)), None
+        bent = raw.div_(self.softcap).tanh_()
+        slope = 1.0 - bent.square()
+        return bent.mul_(self.softcap / self.temperature), slope
+
+    def _near(self, h: torch.Tensor, y: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """Raw logits [rows, 1] about as large as those that weigh most beside the target.
+
+        The target's own, ``raw``, can be far off, 0 further.  The largest among the first few
+        tokens serves: in bf16, on text that SmolLM2-135M reads, log-probs then have a quarter of
+        the error they have around the target's logit, and a fiftieth of naive torch's.
+        """
+        few = _product_around(raw, h, self.weight[:MIN_TILE_COLUMNS])
+        return _set_target(few, y, -torch.inf).amax(dim=1, keepdim=True)
+
+
+def _tiles(kept: torch.Tensor, head: _Head) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    """Indices of the kept rows in blocks, and the vocabulary in stretches (start, stop).
+
+    One block times one stretch has no more than TILE_BYTES of logits.
+    """
+    rows = kept.nonzero()[:, 0]
+    vocab = head.weight.shape[0]
+    budget = TILE_BYTES.get(rows.device.type, TILE_BYTES["cuda"]) // head.wide.itemsize
+    columns = min(vocab, max(MIN_TILE_COLUMNS, budget // max(len(rows), 1)))
+    blocks = list(rows.split(max(1, budget // columns))) if len(rows) else []
+    return blocks, [(a, min(a + columns, vocab)) for a in range(0, vocab, columns)]
 
 
 def _operand(x: torch.Tensor) -> torch.Tensor:
@@ -215,76 +264,38 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def _targets(
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    softcap: float | None,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | float]:
-    """Of the targets y [rows], in fp32 (fp64) whatever the products can do.
-
-    Returns their weights [rows, D], raw logits without bias [rows], logits [rows, 1] and dcap/draw
-    [rows, 1].
-    """
-    target_weight = weight[y].to(_wide(weight.dtype))
-    raw = torch.einsum("nd,nd->n", h.to(target_weight.dtype), target_weight)
-    biased = raw[:, None] if bias is None else (raw + bias[y])[:, None]
-    logit, slope = _cap(biased.clone(), softcap, temperature, True)
-    return target_weight, raw, logit, 1.0 if slope is None else slope
+def _rounds(x: torch.Tensor) -> bool:
+    """Whether torch gives products of this operand only in its 16 bits, not in fp32."""
+    return x.dtype in (torch.bfloat16, torch.float16) and not x.is_cuda
 
 
-def _logits(
-    h: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, near: torch.Tensor
-) -> torch.Tensor:
-    """h w^T + bias [rows, columns] in fp32 (fp64).
+def _product_around(near: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """h w^T [rows, columns] in fp32 (fp64).
 
-    Where torch cannot give the fp32 sums of a 16-bit product, each row is shifted by ``near``
-    [rows] inside the product, while it is still in fp32.  What is rounded to 16 bits is then the
-    distance from ``near``: with the row's largest logits there, those which decide a softmax lose
-    next to nothing (at logits around 60 in bf16 the largest error falls from 0.25 to 0.0005).
+    Where torch rounds the product to 16 bits, each row is shifted by ``near`` [rows, 1] inside it,
+    while it is still in fp32.  What is rounded is then the distance from ``near``: with the
+    row's largest logits there, those which decide a softmax lose next to nothing (at logits around
+    60 in bf16 the largest error falls from 0.25 to 0.0005).
     """
     if _rounds(h):
-        shift = near.clamp(-1e4, 1e4).to(h.dtype)[:, None]
-        z = torch.addmm(shift, h, w.t(), beta=-1) + shift.float()
-    elif h.dtype == _wide(h.dtype):
-        z = torch.mm(h, w.t())
-    else:
-        z = torch.mm(h, w.t(), out_dtype=torch.float32)
-    return z if bias is None else z.add_(bias)
-
-
-def _rounds(h: torch.Tensor) -> bool:
-    """Whether products of these operands can only be had rounded to their 16 bits."""
-    return h.dtype != _wide(h.dtype) and not h.is_cuda
+        shift = near.clamp(-1e4, 1e4).to(h.dtype)
+        return torch.addmm(shift, h, w.t(), beta=-1) + shift.float()
+    return _product(h, w.t())
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b, summed in fp32 (fp64)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif _rounds(a):
-        total.add_(torch.mm(a, b))
     else:
-        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+        total += _product(a, b)
 
 
-def _cap(
-    raw: torch.Tensor, softcap: float | None, temperature: float, want_slope: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits from raw ones, in place, and dcap/draw = 1 - tanh^2 or None where it is 1."""
-    if softcap is None:
-        return (raw if temperature == 1.0 else raw.div_(temperature)), None
-    bent = raw.div_(softcap).tanh_()
-    slope = 1.0 - bent.square() if want_slope else None
-    return bent.mul_(softcap / temperature), slope
-
-
-def _uncap(logit: torch.Tensor, softcap: float | None, temperature: float) -> torch.Tensor:
-    """Raw logits that give about these, wherever those lie."""
-    raw = logit * temperature
-    return raw if softcap is None else softcap * torch.atanh((raw / softcap).clamp(-0.99, 0.99))
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, in fp32 where torch gives that for 16-bit operands."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
 
 
 def _set_target(z: torch.Tensor, column: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:

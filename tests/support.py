@@ -1,0 +1,162 @@
+"""What several test files share: small data sets, recipes over a tiny model, a started run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fastalign.train as loop
+from fastalign.config import Config, parse_config
+from fastalign.data import Example
+from fastalign.methods import make_method
+from fastalign.model import (
+    _reference_engine,
+    build_model,
+    deepspeed_settings,
+    init_distributed,
+    load_tokenizer,
+)
+from fastalign.run import Run
+from fastalign.tracking import Tracker
+
+TESTS = Path(__file__).parent
+WORDS = tuple("the sum capital answer of one two better Paris is in seven".split())  # noqa: SIM905
+
+
+def sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def rows(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Ragged rows: the longest is several times the shortest."""
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        row: dict[str, Any] = {"prompt": f"{index}: {sentence(rng, 1, 8)}?"}
+        if kind in ("completion", "judged"):
+            row["completion"] = sentence(rng, 1, 14)
+        if kind == "judged":
+            row["judgment"] = None if index % 3 == 0 else f"Bad: {sentence(rng, 1, 6)}."
+        if kind == "preference":
+            row |= {"chosen": sentence(rng, 1, 12), "rejected": sentence(rng, 1, 12) + "!"}
+        made.append(row)
+    return made
+
+
+def write_rows(path: Path, content: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return path
+
+
+KINDS = {
+    "sft": "completion", "unlikelihood": "judged", "cut": "judged",
+    "jsft": "preference", "dpo": "preference",
+}  # fmt: skip
+
+
+def recipe(method: str, model: Path, folder: Path, **keys: Any) -> Config:
+    """A recipe over 12 rows of the method's own kind (prompts when online), in fp32 on a CPU."""
+    kind = "prompt" if keys.get("online") else KINDS[method]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{kind}.jsonl"
+    if not data.exists():
+        write_rows(data, rows(kind, 12))
+    defaults: dict[str, Any] = {
+        "method": method,
+        "model_name_or_path": str(model),
+        "datasets": [{"path": str(data)}],
+        "output_dir": str(folder / "out"),
+        "dtype": "float32",
+        "max_length": 512,
+        "global_batch_size": 4,
+        "micro_batch_tokens": 300,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "rollout": {"engine": "hf"},
+        "max_completion_length": 12,
+        "zero_stage": 0,
+    }
+    return parse_config(defaults | keys)
+
+
+def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[Example]]:
+    """An offline run up to its first step, and its examples.
+
+    ``reference``: another model as the frozen reference, so that rewards are not 0 at the start
+    (full fine-tuning).
+    """
+    device = init_distributed(timeout_s=300.0)
+    method = make_method(config)
+    tokenizer = load_tokenizer(config)
+    renderers = loop.make_renderers(config, tokenizer)
+    records, _, _ = loop.load_data(config, method)
+    examples, _ = loop.make_examples(method, records, renderers, config)
+    model = build_model(
+        config, device=device, needs_reference=method.needs_reference and reference is None
+    )
+    if reference is not None:
+        other = config.model_copy(update={"model_name_or_path": str(reference)})
+        settings = deepspeed_settings(config, model.zero_stage, model.dtype)
+        model.reference_engine = _reference_engine(
+            other, model.dtype, device, model.zero_stage, settings
+        )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tracker = Tracker(config, rank, 1)
+    run = Run(config, method, tokenizer, model, None, renderers, tracker, rank, world_size)
+    loop.check_start(run)
+    return run, examples
+
+
+def as_method(run: Run, config: Config) -> list[Example]:
+    """Turn a started run over to another recipe on the same model; returns its examples."""
+    run.config, run.method = config, make_method(config)
+    run.renderers = loop.make_renderers(config, run.tokenizer)
+    records, _, _ = loop.load_data(config, run.method)
+    return loop.make_examples(run.method, records, run.renderers, config)[0]
+
+
+def step_with_gradients(
+    run: Run, examples: list[Example]
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """One update, and the full gradients of the trained parameters just before the optimizer."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = run.model.engine
+    # DeepSpeed reduces gradients over ranks inside step(), before this.
+    original, gradients = engine._take_model_step, {}
+
+    def take_step(*arguments: Any) -> None:
+        for name, parameter in run.model.policy.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                assert gradient is not None, name
+                gradients[name] = gradient.detach().float().clone()
+        original(*arguments)
+
+    engine._take_model_step = take_step
+    try:
+        metrics = loop.update(run, examples, 0.0, 1)
+    finally:
+        del engine._take_model_step
+    return metrics, gradients
+
+
+def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """|left - right| / |right| over all tensors together."""
+    assert left.keys() == right.keys() and left
+    difference = sum((left[n].double() - right[n].double()).square().sum() for n in left)
+    return float((difference / sum(t.double().square().sum() for t in right.values())).sqrt())
+
+
+def outside_environment(**extra: str) -> dict[str, str]:
+    """The environment of a user's shell: without what torchrun or a run in this process sets."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    return kept | {"OMP_NUM_THREADS": "1"} | extra

@@ -1,0 +1,353 @@
+"""Judges: verdicts worked out by hand, scores from raw logits, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import recipe
+from transformers import AutoModelForCausalLM
+
+from fastalign import judge
+from fastalign.config import ConfigError, JudgeConfig, RolloutConfig
+from fastalign.episodes import Episode, Verdict
+from fastalign.judge import Answer, Pair, judge_metrics, judge_pairs, judge_written, make_judge
+from fastalign.model import load_tokenizer
+from fastalign.rollout import Rollout
+from fastalign.rollout.hf import HfEngine
+from fastalign.templates import Renderer
+from fastalign.train import train
+
+USER = ({"role": "user", "content": "the sum"},)
+
+
+# ---------------------------------------------------------------------------------- verdicts
+
+
+def verdict(*principles, tie: float = 1e-3) -> Verdict:
+    """Each principle is (P(A), P(B)) with a shown first, then (P(A), P(B)) with b shown first."""
+    return judge.verdict(np.array(principles, dtype=np.float64), tie)
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected"),
+    [
+        # a wins in both orders: s_a = (.7 + .8) / 2, s_b = (.2 + .1) / 2.
+        (((0.7, 0.2), (0.1, 0.8)), Verdict(0.75, 0.15, "a", False, 0.5, 0.9)),
+        # b wins in both.
+        (((0.1, 0.6), (0.5, 0.2)), Verdict(0.15, 0.55, "b", False, 0.5, 0.7)),
+        # The first slot wins in both orders, but more clearly for a: a, and flipped.
+        (((0.9, 0.1), (0.6, 0.4)), Verdict(0.65, 0.35, "a", True, 1.0, 1.0)),
+        # The second slot wins in both, more clearly for b.
+        (((0.1, 0.9), (0.4, 0.6)), Verdict(0.35, 0.65, "b", True, 0.0, 1.0)),
+        # Nothing but a bias for the first slot: the same in both orders says nothing of a and b.
+        (((0.8, 0.2), (0.8, 0.2)), Verdict(0.5, 0.5, None, True, 1.0, 1.0)),
+        (((0.1, 0.3), (0.1, 0.3)), Verdict(0.2, 0.2, None, True, 0.0, 0.4)),
+    ],
+)
+def test_verdicts_of_one_principle(orders, expected):
+    seen = verdict(orders)
+    assert vars(seen) == pytest.approx(vars(expected))
+
+
+def test_scores_within_the_threshold_tie():
+    inside = ((0.5 + 4e-4, 0.5), (0.5, 0.5 + 4e-4))
+    outside = ((0.5 + 2e-3, 0.5), (0.5, 0.5 + 2e-3))
+    assert verdict(inside).preferred is None
+    assert verdict(outside).preferred == "a"
+    assert verdict(inside, tie=0).preferred == "a"
+    # The threshold itself still ties.
+    assert verdict(((0.75, 0.25), (0.5, 0.5)), tie=0.25).preferred is None
+    assert verdict(((0.75, 0.25), (0.5, 0.5)), tie=0.2499).preferred == "a"
+
+
+A_CLEAR, B_CLEAR, B_NARROW, TIE = (
+    ((0.9, 0.1), (0.1, 0.9)),
+    ((0.1, 0.9), (0.9, 0.1)),
+    ((0.45, 0.55), (0.55, 0.45)),
+    ((0.5, 0.5), (0.5, 0.5)),
+)
+
+
+@pytest.mark.parametrize(
+    ("principles", "preferred"),
+    [
+        # Principles vote; their margins do not count ...
+        ((A_CLEAR, B_NARROW, B_NARROW), "b"),
+        ((A_CLEAR, TIE), "a"),
+        ((B_NARROW, TIE, TIE, TIE), "b"),
+        # ... unless the votes are even: then the mean scores decide,
+        ((A_CLEAR, B_NARROW), "a"),
+        ((A_CLEAR, TIE, B_NARROW), "a"),
+        # and abstain when they tie as well.
+        ((A_CLEAR, B_CLEAR), None),
+        ((TIE, TIE), None),
+    ],
+)
+def test_principles_vote(principles, preferred):
+    seen = verdict(*principles)
+    assert seen.preferred == preferred
+    score = [(a_first[0] + b_first[1]) / 2 for a_first, b_first in principles]
+    assert seen.score_a == pytest.approx(np.mean(score))
+    # Swapping the answers swaps the verdict.
+    swapped = verdict(*((b_first, a_first) for a_first, b_first in principles))
+    assert swapped.preferred == {"a": "b", "b": "a", None: None}[preferred]
+    assert (swapped.score_a, swapped.score_b) == pytest.approx((seen.score_b, seen.score_a))
+
+
+def test_flips_are_counted_over_principles():
+    # Flipped means that most principles name different answers in the two orders.
+    biased = ((0.8, 0.2), (0.7, 0.3))
+    assert verdict(biased, biased, A_CLEAR).flipped
+    assert not verdict(biased, A_CLEAR, A_CLEAR).flipped
+    assert verdict(biased, A_CLEAR, A_CLEAR).first_slot == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_abstains_and_has_no_mass(bad):
+    seen = verdict(A_CLEAR, ((bad, 0.1), (0.1, 0.9)))
+    assert (seen.preferred, seen.score_a, seen.score_b, seen.mass) == (None, 0.5, 0.5, 0.0)
+
+
+# -------------------------------------------------------------------------------- self judge
+
+
+@pytest.fixture
+def renderer(sharp_llama: Path, tmp_path: Path) -> Renderer:
+    return Renderer(load_tokenizer(recipe("dpo", sharp_llama, tmp_path)))
+
+
+@pytest.mark.parametrize("principles", [(), ("honesty", "brevity", "wit")])
+def test_self_judge_reads_both_orders_from_raw_logits(sharp_llama, renderer, principles):
+    engine = HfEngine(sharp_llama, RolloutConfig(), dtype=torch.float32, max_model_len=512)
+    config = JudgeConfig(type="self", principles=principles, tie_threshold=0.0)
+    who = make_judge(config, "pairwise", renderer, engine.next_logprobs)
+    pairs = [Pair(USER, "is one", "two"), Pair(USER, "Paris", "is seven in one")]
+    verdicts = who.compare(pairs)
+
+    model = AutoModelForCausalLM.from_pretrained(sharp_llama)
+    id_a, id_b = (renderer.tokenizer.encode(x, add_special_tokens=False) for x in (" A", " B"))
+    assert len(id_a) == len(id_b) == 1
+    for pair, seen in zip(pairs, verdicts, strict=True):
+        table = []
+        for principle in principles or (None,):
+            for first, second in ((pair.a, pair.b), (pair.b, pair.a)):
+                ids = renderer.judge_prompt_ids(pair.prompt, first, second, principle)
+                with torch.no_grad():
+                    logits = model(torch.tensor(ids[None].astype(np.int64))).logits[0, -1]
+                p = logits.double().softmax(-1)
+                table.append([float(p[id_a[0]]), float(p[id_b[0]])])
+        p = np.array(table).reshape(-1, 2, 2)
+        score_a = (p[:, 0, 0] + p[:, 1, 1]).mean() / 2
+        score_b = (p[:, 0, 1] + p[:, 1, 0]).mean() / 2
+        assert (seen.score_a, seen.score_b) == pytest.approx((score_a, score_b), rel=1e-4)
+        assert seen.mass == pytest.approx(p.sum(-1).mean(), rel=1e-4)
+        assert seen.first_slot == pytest.approx((p[:, :, 0] > p[:, :, 1]).mean())
+    assert len({v.score_a for v in verdicts}) == 2
+
+
+def test_equal_texts_abstain_whatever_the_model_says(renderer):
+    scores = np.log([[0.6, 0.1], [0.2, 0.1], [0.6, 0.2], [0.2, 0.5]])
+    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, lambda prompts, ids: scores)
+    same, other = who.compare([Pair(USER, "one", "one"), Pair(USER, "one", "two")])
+    assert (same.preferred, same.score_a, same.score_b) == (None, 0.5, 0.5)
+    # Their decision mass is real, and no pair of equal texts hides a judge that has none.
+    assert same.mass == pytest.approx((0.7 + 0.3) / 2)
+    assert other.preferred == "a"
+
+
+def test_the_engine_is_asked_once_also_for_no_pairs(renderer):
+    """On several ranks asking may be collective, and a rank may have nothing to ask."""
+    calls = []
+
+    def next_logprobs(prompts, ids):
+        calls.append((len(prompts), tuple(ids)))
+        return np.zeros((len(prompts), 2), np.float32)
+
+    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, next_logprobs)
+    assert who.compare([]) == []
+    who.compare([Pair(USER, "one", "two")] * 3)
+    assert calls == [(0, who.tokens), (6, who.tokens)]
+
+
+def test_min_decision_mass_stops_a_run_whose_judge_cannot_judge(
+    tiny_llama, tmp_path, quiet_process
+):
+    config = recipe(
+        "dpo",
+        tiny_llama,
+        tmp_path,
+        use_peft=True,
+        online={"prompts_per_iteration": 4, "num_generations": 2},
+        judge={"type": "self"},
+    )
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    message = str(caught.value)
+    assert message.startswith("the judge puts P(A) + P(B) = 0.0")
+    assert "judge.min_decision_mass = 0.5" in message and "jsft" in message
+
+
+# ------------------------------------------------------------------------------------- rules
+
+
+def test_written_rules_say_none_with_an_empty_string():
+    who = judge.RuleWrittenJudge(lambda prompt, text: {"x": "No.", "y": ""}.get(text))
+    answers = [Answer(USER, text) for text in "xyz"]
+    assert who.judge(answers) == ["No.", None, None]
+
+
+def test_pairwise_rules_prefer_by_sign():
+    who = judge.RulePairwiseJudge(lambda prompt, a, b: float(a))
+    seen = who.compare([Pair(USER, a, "") for a in ("2", "-0.1", "0", "nan", "inf")])
+    assert [v.preferred for v in seen] == ["a", "b", None, None, "a"]
+    assert [(v.score_a, v.score_b) for v in seen[:3]] == [(1, 0), (0, 1), (0.5, 0.5)]
+
+
+RULES = """
+def written(prompt, text):
+    return f"{prompt[-1]['content']}/{text}"
+
+def pairwise(prompt, a, b):
+    return len(a) - len(b)
+
+class Batched:
+    def judge(self, answers):
+        return [f"{i} of {len(answers)}" for i, _ in enumerate(answers)]
+
+ready = Batched()
+number = 3
+"""
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> Path:
+    path = tmp_path / "rules.py"
+    path.write_text(RULES)
+    return path
+
+
+def made(path: str, kind: str):
+    return make_judge(JudgeConfig(path=path), kind, None, None)
+
+
+def test_a_rule_is_a_function_or_sees_whole_batches(rules):
+    answers = [Answer(USER, "x"), Answer(USER, "y")]
+    assert made(f"{rules}:written", "written").judge(answers) == ["the sum/x", "the sum/y"]
+    for name in ("Batched", "ready"):
+        assert made(f"{rules}:{name}", "written").judge(answers) == ["0 of 2", "1 of 2"]
+    (seen,) = made(f"{rules}:pairwise", "pairwise").compare([Pair(USER, "one", "four")])
+    assert seen.preferred == "b"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message"),
+    [
+        ("{rules}:missing", "written", "judge.path = '{rules}:missing': {rules} has no 'missing'"),
+        ("{rules}:number", "written", "judge.path = '{rules}:number': neither callable nor has "
+         "'judge'"),
+        ("{rules}:number", "pairwise", "judge.path = '{rules}:number': neither callable nor has "
+         "'compare'"),
+        ("{rules}x.py:f", "written", "judge.path = '{rules}x.py:f': no such file {rules}x.py"),
+        ("{rules}", "written",
+         "judge.path = '{rules}': write package.module:name or file.py:name"),
+        ("no.such.package:f", "written",
+         "judge.path = 'no.such.package:f': No module named 'no'"),
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_loaded_are_named(rules, path, kind, message):
+    with pytest.raises(ConfigError) as caught:
+        made(path.format(rules=rules), kind)
+    assert str(caught.value) == message.format(rules=rules)
+
+
+def test_a_rule_whose_file_raises_is_named_with_its_error(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0")
+    with pytest.raises(ConfigError, match=r"importing .*broken.py raised ZeroDivisionError"):
+        made(f"{broken}:f", "written")
+
+
+def test_the_model_itself_writes_no_judgments(renderer):
+    with pytest.raises(ConfigError, match=r"judge\.type = .self.: written judgments need"):
+        make_judge(JudgeConfig(type="self"), "written", renderer, None)
+
+
+# ---------------------------------------------------------------------------------- episodes
+
+
+def episode(*texts: str) -> Episode:
+    nothing = Rollout(np.zeros(0, np.int32), np.zeros(0, np.float32), "stop", 0)
+    return Episode(
+        index=0,
+        source="f:1",
+        dataset=0,
+        prompt=USER,
+        tools=None,
+        prompt_ids=np.array([1], np.int32),
+        rollouts=(nothing,) * len(texts),
+        texts=texts,
+    )
+
+
+def test_written_judgments_go_to_their_own_rollouts():
+    who = judge.RuleWrittenJudge(lambda prompt, text: text.upper() if text > "b" else None)
+    first, second = judge_written(who, [episode("a", "c"), episode("d", "b")])
+    assert first.judgments == (None, "C") and second.judgments == ("D", None)
+    assert judge_metrics([first, second]) == {"judge/negatives": (2.0, 4.0)}
+
+
+def by_length(prompt, a: str, b: str) -> float:
+    return len(a) - len(b)
+
+
+@pytest.mark.parametrize(
+    ("texts", "chosen", "rejected"),
+    [
+        (("xx", "x"), 0, 1),
+        (("x", "xx"), 1, 0),
+        (("xx", "yy"), None, None),
+        (("xx", "x", "xxx"), 2, 1),
+        # Two share the lead: the first of them.
+        (("xx", "yy", "x"), 0, 2),
+        (("x", "y", "zz"), 2, 0),
+        (("x", "y", "z"), None, None),
+    ],
+)
+def test_best_and_worst_of_n_by_wins(texts, chosen, rejected):
+    (seen,) = judge_pairs(judge.RulePairwiseJudge(by_length), [episode(*texts)])
+    assert (seen.chosen, seen.rejected) == (chosen, rejected)
+    assert len(seen.verdicts) == len(texts) * (len(texts) - 1) // 2
+
+
+def test_a_circle_of_preferences_gives_no_pair():
+    beats = {*pairwise("abca")}
+    rule = judge.RulePairwiseJudge(lambda _, a, b: 1 if (a, b) in beats else -1)
+    (seen,) = judge_pairs(rule, [episode("a", "b", "c")])
+    assert (seen.chosen, seen.rejected) == (None, None)
+
+
+def test_verdicts_of_a_batch_go_to_their_own_episodes():
+    first, second = judge_pairs(
+        judge.RulePairwiseJudge(by_length), [episode("x", "xx"), episode("xxx", "xx", "x")]
+    )
+    assert (first.chosen, first.rejected, len(first.verdicts)) == (1, 0, 1)
+    assert (second.chosen, second.rejected, len(second.verdicts)) == (0, 2, 3)
+
+
+def test_metrics_are_sums_and_counts_over_verdicts():
+    verdicts = (
+        Verdict(0.6, 0.2, "a", flipped=True, first_slot=1.0, mass=0.8),
+        Verdict(0.5, 0.5, None, first_slot=0.5, mass=0.4),
+    )
+    episodes = [replace(episode("a", "b"), verdicts=(v,)) for v in verdicts]
+    assert judge_metrics(episodes) == {
+        "judge/abstained": (1.0, 2.0),
+        "judge/flipped": (1.0, 2.0),
+        "judge/first_slot": (1.5, 2.0),
+        "judge/mass": (pytest.approx(1.2), 2.0),
+    }

@@ -1,0 +1,428 @@
+"""Records and rollouts -> streams, and each method's loss against one worked out record by record
+from the model's own logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import as_method, recipe, start
+from transformers import AutoModelForCausalLM
+
+from fastalign.batch import make_batch
+from fastalign.config import ConfigError, parse_config
+from fastalign.data import Example, Record
+from fastalign.episodes import Episode
+from fastalign.methods import METHODS, make_method
+from fastalign.methods.base import Dropped
+from fastalign.model import load_tokenizer
+from fastalign.rollout import Rollout
+from fastalign.templates import Renderer
+
+USER = ({"role": "user", "content": "the sum"},)
+
+
+@pytest.fixture
+def renderer(tiny_llama: Path) -> Renderer:
+    return Renderer(load_tokenizer(recipe("sft", tiny_llama, tiny_llama.parent / "unused")))
+
+
+def method(name: str, **keys):
+    base = {
+        "method": name,
+        "model_name_or_path": "m",
+        "output_dir": "o",
+        "datasets": [{"path": "d.jsonl"}],
+    }
+    return make_method(parse_config(base | keys))
+
+
+def prompt_of(stream) -> list[int]:
+    return stream.input_ids[: int(stream.loss_mask.argmax())].tolist()
+
+
+def answer_of(stream) -> list[int]:
+    assert stream.loss_mask[int(stream.loss_mask.argmax()) :].all()
+    return stream.input_ids[stream.loss_mask].tolist()
+
+
+def text_of(renderer: Renderer, ids) -> str:
+    return renderer.tokenizer.decode(list(ids))
+
+
+# ------------------------------------------------------------------------- records -> streams
+
+
+def test_sft_and_unlikelihood_train_on_the_answer_and_its_end(renderer):
+    record = Record("completion", prompt=USER, completion="is one", weight=3.0, source="f:1")
+    for name in ("sft", "unlikelihood"):
+        (example,) = method(name).from_record(record, renderer)
+        (stream,) = example.streams
+        assert text_of(renderer, prompt_of(stream)) == (
+            "<|im_start|>user\nthe sum<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert text_of(renderer, answer_of(stream)) == "is one<|im_end|>"
+        assert (example.weight, example.source) == (3.0, "f:1")
+
+
+def test_sft_trains_on_every_assistant_turn(renderer):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    record = Record("messages", messages=tuple({"role": r, "content": c} for r, c in turns))
+    (example,) = method("sft").from_record(record, renderer)
+    (stream,) = example.streams
+    assert text_of(renderer, stream.input_ids[stream.loss_mask]) == "b<|im_end|>d<|im_end|>"
+
+
+def test_cut_makes_one_stream_of_a_fine_record_and_two_of_a_criticised_one(renderer):
+    record = Record("judged", prompt=USER, completion="is one", source="f:1")
+    (positive,) = method("cut").from_record(record, renderer)
+    assert [s.role for s in positive.streams] == ["plain"]
+    (negative,) = method("cut").from_record(replace(record, judgment="Too short."), renderer)
+    plain, judged = negative.streams
+    assert (plain.role, judged.role) == ("plain", "judged")
+    assert plain.input_ids.tolist() == positive.streams[0].input_ids.tolist()
+    assert answer_of(plain) == answer_of(judged)
+    assert "Too short." in text_of(renderer, prompt_of(judged))
+    assert "Too short." not in text_of(renderer, prompt_of(plain))
+
+
+def test_cut_cuts_both_streams_by_the_longer_prompt(renderer):
+    record = Record("judged", prompt=USER, completion="is one", judgment="Too short.")
+    (whole,) = method("cut").from_record(record, renderer)
+    longer = len(prompt_of(whole.streams[1]))
+    (cut,) = method("cut", max_length=longer + 2).from_record(record, renderer)
+    assert [answer_of(s) for s in cut.streams] == [answer_of(whole.streams[0])[:2]] * 2
+    with pytest.raises(Dropped, match="max_length: the prompt leaves no room"):
+        method("cut", max_length=longer).from_record(record, renderer)
+
+
+def test_cut_keeps_a_seeded_share_of_the_positives(renderer):
+    record = Record("judged", prompt=USER, completion="is one")
+    cut = method("cut", cut={"positive_ratio": 0.25})
+    (fine,) = cut.from_record(record, renderer)
+    (bad,) = cut.from_record(replace(record, judgment="No."), renderer)
+    examples = [replace(bad if i % 3 else fine, source=str(i)) for i in range(24)]
+    kept = cut.select(examples, seed=5)
+    sources = [e.source for e in kept]
+    assert [s for s in sources if int(s) % 3] == [e.source for e in examples if int(e.source) % 3]
+    positives = [s for s in sources if int(s) % 3 == 0]
+    assert len(positives) == round(0.25 * 16) and sources == sorted(sources, key=int)
+    assert sources == [e.source for e in cut.select(examples, seed=5)]
+    assert any(sources != [e.source for e in cut.select(examples, seed=s)] for s in range(8))
+    assert method("cut").select(examples, seed=5) == examples
+
+
+def test_dpo_makes_a_pair_over_one_prompt_and_drops_equal_answers(renderer):
+    record = Record("preference", prompt=USER, chosen="is one", rejected="is two", weight=2.0)
+    (example,) = method("dpo").from_record(record, renderer)
+    chosen, rejected = example.streams
+    assert (chosen.role, rejected.role, example.weight) == ("chosen", "rejected", 2.0)
+    assert prompt_of(chosen) == prompt_of(rejected)
+    assert text_of(renderer, answer_of(chosen)) == "is one<|im_end|>"
+    assert text_of(renderer, answer_of(rejected)) == "is two<|im_end|>"
+    room = len(prompt_of(chosen)) + 1  # both answers begin alike
+    with pytest.raises(Dropped, match="the same within max_length"):
+        method("dpo", max_length=room).from_record(record, renderer)
+
+
+def test_jsft_shows_the_chosen_answer_once_in_each_slot(renderer):
+    record = Record("preference", prompt=USER, chosen="is one", rejected="is two", weight=2.0)
+    made = method("jsft", jsft={"judge_weight": 3.0}).from_record(record, renderer)
+    demonstration, first, second = made
+    assert text_of(renderer, answer_of(demonstration.streams[0])) == "is one<|im_end|>"
+    assert [e.weight for e in made] == [2.0, 6.0, 6.0]
+    assert [e.streams[0].role for e in made] == ["demonstration", "judgment", "judgment"]
+    for example, verdict, a, b in (
+        (first, " A", "is one", "is two"),
+        (second, " B", "is two", "is one"),
+    ):
+        stream = example.streams[0]
+        assert text_of(renderer, answer_of(stream)) == verdict
+        prompt = text_of(renderer, prompt_of(stream))
+        assert prompt.index(f"### Response A\n{a}") < prompt.index(f"### Response B\n{b}")
+        expected = renderer.judge_prompt_ids(USER, a, b)
+        assert prompt_of(stream) == expected.tolist()
+
+
+def test_jsft_judges_once_for_each_principle(renderer):
+    record = Record("preference", prompt=USER, chosen="is one", rejected="is two")
+    judge = {"type": "self", "principles": ["honesty", "brevity"]}
+    made = method("jsft", judge=judge, jsft={"demonstrations": False}).from_record(record, renderer)
+    prompts = [text_of(renderer, prompt_of(e.streams[0])) for e in made]
+    assert ["honesty" in p for p in prompts] == [True, True, False, False]
+    assert ["brevity" in p for p in prompts] == [False, False, True, True]
+    with pytest.raises(Dropped, match="judgment does not fit"):
+        method("jsft", max_length=40).from_record(record, renderer)
+
+
+# ------------------------------------------------------------------------ episodes -> streams
+
+
+def episode(texts, **keys) -> Episode:
+    """Rollouts whose tokens are the characters' codes + 3."""
+    rollouts = tuple(
+        Rollout(np.array([ord(c) for c in t], np.int32), np.zeros(len(t), np.float32), "length", 1)
+        for t in texts
+    )
+    return Episode(
+        index=0,
+        source="f:7",
+        dataset=0,
+        prompt=USER,
+        tools=None,
+        prompt_ids=np.array([1, 2, 3], np.int32),
+        rollouts=rollouts,
+        texts=tuple(texts),
+        **keys,
+    )
+
+
+ONLINE = {"online": {"num_generations": 2}, "judge": {"path": "a:b"}}
+
+
+def test_rollouts_are_trained_on_as_sampled(renderer):
+    judged = episode(["ab", "cd", ""], judgments=(None, "No.", "Empty."))
+    fine, bad = method("cut", **ONLINE).from_episode(judged, renderer)
+    assert prompt_of(fine.streams[0]) == [1, 2, 3]
+    # No end token is added: the model did not produce one.
+    assert answer_of(fine.streams[0]) == [ord("a"), ord("b")]
+    assert [answer_of(s) for s in bad.streams] == [[ord("c"), ord("d")]] * 2
+    expected = renderer.judged_prompt_ids(USER, "No.").tolist()
+    assert prompt_of(bad.streams[1]) == expected
+    (kept,) = method("sft", **ONLINE).from_episode(judged, renderer)
+    assert answer_of(kept.streams[0]) == [ord("a"), ord("b")]
+    assert kept.source == "f:7"
+
+
+def test_dpo_takes_the_judged_pair_or_nothing(renderer):
+    dpo = method("dpo", **ONLINE)
+    (pair,) = dpo.from_episode(episode(["ab", "cd", "ef"], chosen=2, rejected=0), renderer)
+    assert [answer_of(s) for s in pair.streams] == [[101, 102], [97, 98]]
+    assert dpo.from_episode(episode(["ab", "cd"]), renderer) == []
+    assert dpo.from_episode(episode(["ab", ""], chosen=0, rejected=1), renderer) == []
+
+
+def test_rollouts_that_do_not_fit_are_left_out_not_fatal(renderer):
+    # Alike within max_length, and no room at all.
+    pair = episode(["abc", "abd"], chosen=0, rejected=1)
+    assert method("dpo", max_length=5, **ONLINE).from_episode(pair, renderer) == []
+    assert method("dpo", max_length=3, **ONLINE).from_episode(pair, renderer) == []
+    judged = episode(["abc", "abd"], judgments=(None, "No."))
+    assert method("sft", max_length=3, **ONLINE).from_episode(judged, renderer) == []
+    assert method("cut", max_length=3, **ONLINE).from_episode(judged, renderer) == []
+
+
+# ----------------------------------------------------------------------- losses of whole packs
+
+
+@pytest.fixture
+def run(sharp_llama, other_llama, tmp_path, quiet_process):
+    """A started run whose reference is another model, so that rewards are not zero."""
+    return start(recipe("dpo", sharp_llama, tmp_path), reference=other_llama)[0]
+
+
+def token_logprobs(model, stream) -> torch.Tensor:
+    """float64 log-probs of a stream's targets by transformers alone."""
+    ids = torch.from_numpy(stream.input_ids.astype(np.int64))
+    with torch.no_grad():
+        logp = model(ids[None]).logits[0].double().log_softmax(-1)
+    return logp[:-1].gather(-1, ids[1:, None])[:, 0][torch.from_numpy(stream.loss_mask[1:])]
+
+
+def expected_loss(name, config, example, policy, reference) -> tuple[float, float]:
+    """(loss under "record", loss under "token") of one record at weight 1."""
+    logp = {s.role: token_logprobs(policy, s) for s in example.streams}
+    if name == "dpo":
+        ref = {s.role: token_logprobs(reference, s) for s in example.streams}
+        gain = {}
+        for role in ("chosen", "rejected"):
+            reduce = torch.mean if config.loss_type == "ipo" else torch.sum
+            gain[role] = float(reduce(logp[role]) - reduce(ref[role]))
+        margin = gain["chosen"] - gain["rejected"]
+        smooth = config.label_smoothing
+
+        def nls(x):
+            return math.log1p(math.exp(-x)) if x > -30 else -x
+
+        loss = {
+            "sigmoid": (1 - smooth) * nls(config.beta * margin)
+            + smooth * nls(-config.beta * margin),
+            "ipo": (margin - 1 / (2 * config.beta)) ** 2,
+            "hinge": max(0.0, 1 - config.beta * margin),
+        }[config.loss_type]
+        return loss, loss
+    if name == "cut" and len(example.streams) == 2:
+        log_q, log_c = logp["plain"], logp["judged"]
+        gamma, weight = (config.cut.gamma, 1) if config.cut.preset == "paper" else (0, 0.5)
+        tokens = torch.where(
+            log_c - log_q > math.log(config.cut.lambda_),
+            -config.cut.alpha * (gamma * log_c).exp() * torch.log1p(-log_q.exp()),
+            -log_q,
+        )
+        tokens = weight * (tokens - log_c)
+    elif name == "unlikelihood":
+        tokens = -torch.log1p(-logp["demonstration"].exp())
+    else:
+        (tokens,) = (-value for value in logp.values())
+    return float(tokens.mean()), float(tokens.sum())
+
+
+CASES = [
+    ("sft", {}),
+    ("unlikelihood", {}),
+    ("jsft", {"jsft": {"judge_weight": 4.0}}),
+    ("cut", {"cut": {"alpha": 2.0, "gamma": 0.5}}),
+    ("cut", {"cut": {"preset": "reference", "lambda": 1.5}}),
+    ("dpo", {"label_smoothing": 0.1}),
+    ("dpo", {"loss_type": "ipo"}),
+    ("dpo", {"loss_type": "hinge", "beta": 0.02}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("normalization", ["record", "token"])
+def test_losses_are_those_of_the_models_own_logits(
+    run, sharp_llama, other_llama, tmp_path, name, keys, normalization
+):
+    config = recipe(name, sharp_llama, tmp_path, normalization=normalization, **keys)
+    examples = as_method(run, config)
+    examples = [replace(e, weight=e.weight * (1 + i % 3)) for i, e in enumerate(examples)]
+    policy = AutoModelForCausalLM.from_pretrained(sharp_llama)
+    reference = AutoModelForCausalLM.from_pretrained(other_llama)
+    column = 0 if normalization == "record" else 1
+    expected = sum(
+        e.weight * expected_loss(name, config, e, policy, reference)[column] for e in examples
+    )
+    if name == "dpo" or normalization == "record":
+        count = len(examples)
+    else:
+        count = sum(int(e.streams[0].loss_mask.sum()) for e in examples)
+    assert run.method.denominator(examples) == count
+    loss, _ = evaluate(run, examples)
+    # fp32 logits of magnitude 30 against the same in double.
+    assert loss == pytest.approx(expected, rel=2e-5)
+
+
+def evaluate(run, examples: list[Example]) -> tuple[float, dict[str, float]]:
+    """Summed loss and the divided metrics of one pack of everything."""
+    batch = make_batch(examples)
+    with torch.no_grad():
+        reference = None
+        if run.method.needs_reference:
+            with run.model.reference() as forward:
+                reference, _ = forward(batch)
+        loss, parts = run.model.engine(
+            batch, loss=run.method.loss, reference=reference, progress=1.0
+        )
+    return float(loss), {k: float(s / n) for k, (s, n) in parts.items() if n}
+
+
+def names(run, examples: list[Example]) -> set[str]:
+    batch = make_batch(examples)
+    logprob = torch.full((len(batch.targets),), -1.0)
+    _, parts = run.method.loss(logprob, logprob, batch, reference=logprob, progress=1.0)
+    return set(parts)
+
+
+@pytest.mark.parametrize("name", ["sft", "unlikelihood", "cut", "jsft", "dpo"])
+def test_idle_repeats_count_for_nothing(run, sharp_llama, tmp_path, name):
+    examples = as_method(run, recipe(name, sharp_llama, tmp_path))
+    loss, metrics = evaluate(run, examples)
+    idle = [replace(examples[i], weight=0.0) for i in (0, 1)]
+    again, metrics_again = evaluate(run, [idle[0], *examples, idle[1]])
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert metrics_again.keys() == metrics.keys()
+    for key, value in metrics.items():
+        assert metrics_again[key] == pytest.approx(value, rel=1e-6, abs=1e-9), key
+    # Alone it gives no loss, and the same names, so that ranks can add theirs up.
+    alone, nothing = evaluate(run, idle)
+    assert alone == 0 and nothing == {}
+    assert names(run, idle) == names(run, examples)
+
+
+def test_dpo_metrics_are_those_of_trl_and_of_the_logits(run, sharp_llama, other_llama, tmp_path):
+    config = recipe("dpo", sharp_llama, tmp_path, beta=0.3)
+    examples = as_method(run, config)
+    _, metrics = evaluate(run, examples)
+    policy = AutoModelForCausalLM.from_pretrained(sharp_llama)
+    reference = AutoModelForCausalLM.from_pretrained(other_llama)
+    table = np.array(
+        [
+            [float(token_logprobs(m, s).sum()) for m in (policy, reference) for s in e.streams]
+            for e in examples
+        ]
+    )
+    chosen, rejected = (0.3 * (table[:, i] - table[:, 2 + i]) for i in (0, 1))
+    expected = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).mean(),
+        "logps/chosen": table[:, 0].mean(),
+        "logps/rejected": table[:, 1].mean(),
+    }
+    assert 0 < expected["rewards/accuracies"] < 1
+    assert metrics == pytest.approx(expected, rel=1e-4)
+
+
+def test_cut_metrics_describe_the_contrast(run, sharp_llama, tmp_path):
+    config = recipe("cut", sharp_llama, tmp_path, cut={"lambda": 1.5})
+    examples = as_method(run, config)
+    _, metrics = evaluate(run, examples)
+    policy = AutoModelForCausalLM.from_pretrained(sharp_llama)
+    contrast, flagged, align_n, align_p = [], [], [], []
+    for example in examples:
+        logp = {s.role: token_logprobs(policy, s) for s in example.streams}
+        if "judged" not in logp:
+            align_p.append(float(-logp["plain"].mean()))
+            continue
+        rise = logp["judged"] - logp["plain"]
+        contrast.append(float(rise.mean()))
+        flagged.append(float((rise > math.log(1.5)).double().mean()))
+        align_n.append(float(-logp["judged"].mean()))
+    assert 0 < np.mean(flagged) < 1
+    expected = {
+        "cut/contrast": np.mean(contrast),
+        "cut/flagged": np.mean(flagged),
+        "cut/align_n": np.mean(align_n),
+        "cut/align_p": np.mean(align_p),
+        "cut/positives": len(align_p) / len(examples),
+    }
+    assert {k: metrics[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_judged_warmup_leaves_the_contrast_out_until_its_share_is_done(run, sharp_llama, tmp_path):
+    config = recipe("cut", sharp_llama, tmp_path, cut={"judged_warmup": 0.5})
+    examples = as_method(run, config)
+    batch = make_batch(examples)
+    with torch.no_grad():
+        before, early = run.model.engine(batch, loss=run.method.loss, reference=None, progress=0.49)
+        after, late = run.model.engine(batch, loss=run.method.loss, reference=None, progress=0.5)
+    n, p = (float(early[f"cut/align_{x}"][0]) for x in "np")
+    assert float(before) == pytest.approx(n + p, rel=1e-6)
+    contrast = float(late["cut/misalign_likelihood"][0] + late["cut/misalign_penalty"][0])
+    assert float(after) == pytest.approx(n + p + contrast, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------ by name
+
+
+def test_a_method_can_come_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from fastalign.methods.sft import Sft\nclass Mine(Sft):\n    pass\n")
+    assert type(method(f"{file}:Mine")).__name__ == "Mine"
+    with pytest.raises(ConfigError, match="has no 'Other'"):
+        method(f"{file}:Other")
+
+
+def test_unknown_and_unfit_methods_are_refused_by_name():
+    with pytest.raises(ConfigError, match="method = 'dop': known are sft, unlikelihood, cut"):
+        method("dop")
+    for name in METHODS:
+        if METHODS[name].judge_kind is None:
+            with pytest.raises(ConfigError, match=f"method = '{name}' has no online form"):
+                method(name, **ONLINE)
