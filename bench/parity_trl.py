@@ -440,7 +440,7 @@ def environment(model: Path) -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        device = f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+        device = f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread(s)"
     return {
         "model": {"name": model.resolve().name, "sha256": weights},
         "dtype": "float32",
@@ -452,14 +452,14 @@ def environment(model: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, marked when it has changes beside this benchmark's results."""
+    """The commit of this checkout, marked when files differ from it, results apart."""
     git = ["git", "-C", str(RESULT.parent)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changes = subprocess.run(
-            [*git, "status", "--porcelain", "--", ":/", f":!/bench/results/{RESULT.stem}.*"],
+            [*git, "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results"],
             capture_output=True,
             text=True,
             check=True,
@@ -554,19 +554,19 @@ def main() -> int:
     except ConfigError as error:
         parser.error(str(error))
 
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "bench/parity_trl.py", *sys.argv[1:]]),
+        **environment(model),
+        "tolerance": {"value": TOLERANCE, "why": WHY},
+    }
     steps, batch = arguments.steps, arguments.batch
     with tempfile.TemporaryDirectory() as folder:
         tasks = [Task(method, str(model), folder, steps, batch) for method in QUANTITIES]
         # Two epochs: what happens between them is compared as well.
         write_pairs(Path(folder) / PAIRS, batch * math.ceil(steps / 2))
         sides = [run_apart(run, tasks) for run in (run_fastalign, run_trl)]
-    report = {
-        "command": shlex.join(["python", "bench/parity_trl.py", *sys.argv[1:]]),
-        **environment(model),
-        "tolerance": {"value": TOLERANCE, "why": WHY},
-        "runs": {
-            task.method: compare(task, *both) for task, *both in zip(tasks, *sides, strict=True)
-        },
+    report["runs"] = {
+        task.method: compare(task, *both) for task, *both in zip(tasks, *sides, strict=True)
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output, report)

@@ -14,7 +14,7 @@ from fastalign.batch import plan_batches
 from fastalign.data import Example, Record, Stream
 from fastalign.episodes import Episode
 from fastalign.methods.base import Metrics, total
-from fastalign.online import next_logprobs, push_weights, sample
+from fastalign.online import next_logprobs, sample, wake
 from fastalign.run import Run, reduce_metrics
 
 # Full samples kept of each online evaluation.
@@ -71,8 +71,7 @@ class Evaluator:
     def _answers(self, step: int) -> dict[str, float]:
         run = self.run
         assert run.engine is not None
-        run.engine.wake()
-        push_weights(run)
+        wake(run)
         mine = list(enumerate(self.prompts))[run.rank :: run.world_size]
         # The seeds of this round are no training round's, and the same at every evaluation.
         episodes = sample(run, mine, EVALUATION_ROUND, num_generations=1)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -18,6 +19,7 @@ from fastalign_kernels import TokenLogprobs, linear_logprob
 import itertools
 
 PACKED_ATTENTION = "fastalign_packed"
+IDLE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Policy(nn.Module):
         self.model = model
         self.head_spec = head_spec(self.causal_lm)
         self.packed = False
+        # Whether ZeRO-3 spreads the weights over ranks.
+        self.sharded = False
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -82,11 +86,14 @@ class Policy(nn.Module):
         """Last hidden states of the rows that carry a loss, [M, D]."""
         if self.packed:
             return self._body(batch.input_ids, batch.positions, batch.cu_seqlens)[batch.rows]
-        bounds = batch.cu_seqlens.tolist()
-        alone = [
-            self._body(batch.input_ids[a:b], batch.positions[a:b], None)
-            for a, b in itertools.pairwise(bounds)
-        ]
+        spans = list(itertools.pairwise(batch.cu_seqlens.tolist()))
+        if self.sharded:
+            # Ranks have different numbers of sequences, but every pass through a sharded body is
+            # collective: those with fewer repeat a few tokens, whose rows nothing reads.
+            most = torch.tensor(len(spans), device=batch.rows.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            spans += [(0, min(spans[0][1], IDLE_TOKENS))] * (int(most) - len(spans))
+        alone = [self._body(batch.input_ids[a:b], batch.positions[a:b], None) for a, b in spans]
         return torch.cat(alone)[batch.rows]
 
     def _body(

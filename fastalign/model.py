@@ -263,7 +263,7 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
         config={**settings, "gradient_clipping": 0.0 if clips_itself else config.max_grad_norm},
     )
     if stage == 3:
-        _register_head(policy)
+        _mark_sharded(policy)
     reference_engine = None
     if needs_reference and not config.use_peft:
         reference_engine = _reference_engine(config, dtype, device, stage, settings)
@@ -405,16 +405,17 @@ def _reference_engine(
     if stage < 3:
         return policy
     engine, *_ = deepspeed.initialize(model=policy, config=settings)
-    _register_head(policy)
+    _mark_sharded(policy)
     return engine.eval()
 
 
-def _register_head(policy: Policy) -> None:
-    """Tell ZeRO-3 that the policy's own forward reads the LM head.
+def _mark_sharded(policy: Policy) -> None:
+    """Tell the policy of ZeRO-3, and ZeRO-3 that the policy's own forward reads the LM head.
 
-    It would find out by itself, but only in the middle of a pass, and then trip over the order of
+    ZeRO-3 would find out by itself, but in the middle of a pass, and then trip over the order of
     parameters that it noted in an earlier one without the head.
     """
+    policy.sharded = True
     for parameter in policy.causal_lm.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(policy, parameter)
 

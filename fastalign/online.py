@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,37 @@ from fastalign.config import Config, ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
 from fastalign.episodes import Episode, drift, sampling_seed
 from fastalign.model import POLICY, TrainedModel
-from fastalign.rollout import SamplingSettings
+from fastalign.rollout import EngineError, SamplingSettings
 from fastalign.run import Run
+
+BASE_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
+
+
+def wake(run: Run) -> None:
+    """Wake the engine and give it the current weights.
+
+    Under LoRA only the adapter travels, so the base has to outlive every sleep: its log-probs on a
+    fixed prompt are what they were when the run started.
+
+    Raises:
+        EngineError: they are not.
+    """
+    assert run.engine is not None
+    run.engine.wake()
+    push_weights(run)
+    if not run.model.uses_adapter:
+        return
+    prompt, tokens = BASE_PROBE
+    now = run.engine.next_logprobs([prompt], tokens)
+    if run.base_logprobs is None:
+        run.base_logprobs = now
+    # The same call on the same weights: what may differ is the order of a few additions.
+    change = float(np.abs(now - run.base_logprobs).mean())
+    if not change <= 0.02:
+        raise EngineError(
+            f"the base weights did not survive the engine's sleep: log-probs on a fixed prompt "
+            f"moved by {change:.3g} on average"
+        )
 
 
 def push_weights(run: Run) -> None:
@@ -53,8 +83,7 @@ def collect(
     timings = {}
     with _timed(timings, "time/rollout"):
         run.tracker.phase("rollout")
-        engine.wake()
-        push_weights(run)
+        wake(run)
         episodes = sample(run, mine, round_index, config.online.num_generations)
     with _timed(timings, "time/judge"):
         run.tracker.phase("judge")
@@ -224,33 +253,35 @@ class ReferenceScorer:
     under ZeRO-3 every rank takes part in every forward pass.
     """
 
-    # Sequences in one forward pass: a count, not a token budget, so that ranks agree on it.
-    SEQUENCES = 16
+    # Prompts in one forward pass: a count, not a token budget, so that ranks agree on it.
+    PROMPTS = 16
 
     def __init__(self, model: TrainedModel) -> None:
         self.model = model
 
     def __call__(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
-        # One stream for each candidate token: its log-prob is the one target of the stream.
-        mine = [(prompt, token) for prompt in prompts for token in token_ids]
-        out = np.zeros(len(mine), dtype=np.float32)
-        parts: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(parts, len(mine))
-        most = max(parts)
-        examples = [self._example(prompt, token) for prompt, token in mine]
-        filler = self._example(np.array([0], dtype=np.int32), 0)
-        examples += [filler] * (most - len(examples))
-        for start in range(0, most, self.SEQUENCES):
-            chunk = examples[start : start + self.SEQUENCES]
-            batch = make_batch(chunk).to(self.model.device)
-            with self.model.reference() as forward:
-                logprob, _ = forward(batch)
-            got = logprob.float().cpu().numpy()
-            out[start : start + self.SEQUENCES] = got[: max(len(mine) - start, 0)]
-        return out.reshape(len(prompts), len(token_ids))
+        counts: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, len(prompts))
+        filler = np.zeros(1, dtype=np.int32)
+        padded = [*prompts, *([filler] * (max(counts) - len(prompts)))]
+        chunks = [
+            self._score(padded[i : i + self.PROMPTS], token_ids)
+            for i in range(0, len(padded), self.PROMPTS)
+        ]
+        empty = np.zeros((0, len(token_ids)), dtype=np.float32)
+        return np.concatenate([empty, *chunks])[: len(prompts)]
 
-    @staticmethod
-    def _example(prompt: np.ndarray, token: int) -> Example:
-        return Example(
-            (Stream.of("judge", prompt, np.array([token], dtype=np.int32)),), 1.0, "judge"
+    def _score(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
+        """One row of hidden states for each prompt, scored against every candidate."""
+        candidates = np.array(token_ids, dtype=np.int32)
+        batch = make_batch(
+            [Example((Stream.of("judge", p, candidates[:1]),), 1.0, "judge") for p in prompts]
         )
+        batch = replace(
+            batch,
+            rows=batch.rows.repeat_interleave(len(candidates)),
+            targets=torch.from_numpy(candidates.astype(np.int64)).repeat(len(prompts)),
+        ).to(self.model.device)
+        with self.model.reference() as forward:
+            logprob, _ = forward(batch)
+        return logprob.float().cpu().numpy().reshape(len(prompts), len(candidates))

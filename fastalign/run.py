@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ class Run:
     rank: int
     world_size: int
     version: int = 0
+    base_logprobs: np.ndarray | None = None
 
 
 def reduce_metrics(sums: Metrics) -> dict[str, float]:

@@ -39,13 +39,12 @@ from fastalign.model import (
     load_tokenizer,
     resolve_dtype,
 )
-from fastalign.online import collect, push_weights
+from fastalign.online import collect, push_weights, wake
 from fastalign.rollout import RolloutEngine, make_engine
 from fastalign.rollout.sync import canary
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
 from fastalign.tracking import Tracker
-
 
 CANARY_STRENGTHS = 4
 
@@ -309,7 +308,7 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
         engine.load_adapter(
             REFERENCE, model.adapter_tensors(REFERENCE), model.adapter_config(REFERENCE), 0
         )
-    push_weights(run)
+    wake(run)
     adapter = POLICY if model.uses_adapter else None
     prompts = [words[:n] for n in range(1, len(words))]
     tokens = sorted(set(words.tolist()))

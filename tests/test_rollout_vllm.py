@@ -303,6 +303,8 @@ def test_an_adapters_content_is_compared(engine, tiny_llama, monkeypatch, part):
     monkeypatch.setattr(vllm_module, "save_file", corrupted)
     with pytest.raises(EngineError, match=f"1 of other content than was sent: {name}"):
         engine.load_adapter("policy", tensors, config, version=1)
+    loaded = {adapter.request.lora_int_id for adapter in engine._adapters.values()}
+    assert engine._llm.collective_rpc("list_loras") == [loaded]
     with pytest.raises(EngineError, match="no adapter 'policy' is loaded"):
         engine.next_logprobs([np.array([5])], [0], adapter="policy")
 
@@ -407,6 +409,20 @@ def test_a_tensor_of_another_shape_ends_the_engine(tiny_llama, start):
     assert consumed, "other ranks may be waiting inside the iterator"
     with pytest.raises(EngineError, match=f"cannot be used any more: .*{NAME}"):
         engine.generate([np.array([5])], SamplingSettings(2), [0])
+    engine.close()
+
+
+def test_a_senders_failure_ends_the_engine(tiny_llama, start):
+    engine = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+
+    def tensors():
+        yield from list(start.items())[:3]
+        raise RuntimeError("a rank is gone")
+
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        engine.load_weights(tensors(), frozenset(start), version=1)
+    with pytest.raises(EngineError, match="version 1 did not finish"):
+        engine.next_logprobs([np.array([5])], [0])
     engine.close()
 
 

@@ -30,6 +30,8 @@ FORMS = (
     "Tell me one fact about {topic}.",
     "What would you say to someone who is afraid of {topic}? One sentence.",
     "When is the best time of the year for {topic}? Answer briefly.",
+    "What should I avoid when {topic}? Answer in one sentence.",
+    "What can one learn from {topic}? One sentence, please.",
 )
 
 HELD_OUT_TOPICS = 12

@@ -16,7 +16,7 @@ from fastalign.judge import Answer
 OPENINGS = (
     "Great question!",
     "What a lovely topic!",
-    "I am so glad you asked!",
+    "Thank you for asking!",
 )
 """The habit that is planted by SFT: an answer should start with the answer."""
 
@@ -32,12 +32,14 @@ FILLERS = (
 """Crutches that SmolLM2-135M-Instruct writes by itself: superlatives and empty connectives."""
 
 
+_EXCLAMATION = re.compile(r"\s*([^.!?\n]{1,40}!)")
+
+
 def opening_spans(text: str) -> list[tuple[int, int]]:
-    """Character spans of a planted opening, at the start of the answer or nowhere."""
-    start = len(text) - len(text.lstrip())
-    return [
-        (start, start + len(opening)) for opening in OPENINGS if text.startswith(opening, start)
-    ]
+    """Character span of an exclamation that opens the answer, in the planted words or others: a
+    model must not get around the rule by rewording."""
+    match = _EXCLAMATION.match(text)
+    return [match.span(1)] if match else []
 
 
 def filler_spans(text: str) -> list[tuple[int, int]]:

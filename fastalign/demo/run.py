@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -124,21 +125,26 @@ class Demo:
             method="cut",
             model_name_or_path=base,
             datasets=[{"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}],
-            online={"iterations": 3, "prompts_per_iteration": 80},
+            online={"iterations": 4, "prompts_per_iteration": 75},
             judge={"type": "rule", "path": f"{RULES}:judge_{kind}"},
-            cut={"lambda": 1.2, "alpha": 1.0, "gamma": 1.0, "positive_ratio": 0.25},
+            cut={
+                "lambda": 1.5,
+                "alpha": 1.0,
+                "gamma": 0.25,
+                "positive_ratio": 0.25,
+                "judged_warmup": 0.1,
+            },
             temperature=0.7,
             max_completion_length=96,
-            learning_rate=5e-4,
+            learning_rate=3e-5,
             lr_scheduler_type="constant_with_warmup",
             warmup_ratio=0.05,
             global_batch_size=8,
-            **LORA,
         )
         for key, value in variant.changes.items():
             _set(recipe, key, value.format(kind=kind) if isinstance(value, str) else value)
         name = f"cut-{kind}-{_slug(variant.name)}"
-        adapter = self.train(name, **recipe)
+        trained = self.train(name, **recipe)
         before = self.measure(
             f"{kind}-before",
             kind=kind,
@@ -193,8 +199,9 @@ class Demo:
                 }
             ],
             online={"iterations": 10, "prompts_per_iteration": 24, "num_generations": 2},
-            # A judge of shuffled labels is unsure of itself, and is to be followed all the same.
             judge={"type": "self", "model": "reference"},
+            # On a CPU vLLM applies adapters six times slower than the embedded engine does.
+            rollout={"engine": "auto" if torch.cuda.is_available() else "hf"},
             temperature=1.0,
             top_p=0.9,
             max_completion_length=96,

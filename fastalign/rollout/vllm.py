@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import random
@@ -46,6 +47,8 @@ _ADAPTER_TENSOR = re.compile(
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$"
 )
 
+
+_log = logging.getLogger(__name__)
 
 _CLOSED = "it was closed"
 
@@ -250,13 +253,16 @@ class VllmEngine:
         self._check_awake()
         start = time.perf_counter()
         self._stale = f"the transfer of version {version} did not finish"
+        # Should the transfer stop halfway, layers are left without parameters, and vLLM cannot begin
+        # anew from there.
+        self._dead = self._stale
         (transfer,) = self._llm.collective_rpc(
             "fastalign_load_weights", args=(tensors, names, version)
         )
         if transfer.error is not None:
-            # Half of the layers are left without parameters, and vLLM cannot begin anew from there.
             self._dead = transfer.error
             raise EngineError(transfer.error)
+        self._dead = None
         # Content where it can be read; where not, that the tensor came at all.
         verify(transfer.sent, transfer.sent | transfer.held, names)
         verify(
@@ -268,6 +274,13 @@ class VllmEngine:
             raise EngineError(
                 f"{len(transfer.unsent)} parameters of the engine got no tensor, the first: "
                 f"{transfer.unsent[0]}"
+            )
+        if transfer.unread:
+            _log.info(
+                "%d of %d tensors reached vLLM's loader but cannot be read back, %s first",
+                len(transfer.unread),
+                len(transfer.sent),
+                transfer.unread[0],
             )
         for adapter in self._adapters.values():
             self._send_adapter(adapter)
@@ -309,15 +322,19 @@ class VllmEngine:
         _write_adapter(folder, folded)
         old = self._adapters.pop(name, None)
         if old is not None:
-            self._llm.collective_rpc("remove_lora", args=(old.request.lora_int_id,))
-            shutil.rmtree(old.request.lora_path)
+            self._remove_adapter(old)
         adapter = _Adapter(
             request=self._request_type(f"{name}-{self._last_id}", self._last_id, str(folder)),
             version=version,
             sent={key: fingerprint(tensor) for key, tensor in folded.items()},
             shapes={key: tensor.shape for key, tensor in folded.items()},
         )
-        self._send_adapter(adapter)
+        try:
+            self._send_adapter(adapter)
+        except EngineError:
+            # It would take the place of a good one.
+            self._remove_adapter(adapter)
+            raise
         self._adapters[name] = adapter
         size = sum(tensor.numel() * tensor.element_size() for tensor in folded.values())
         return SyncReport(version, len(folded), size, time.perf_counter() - start)
@@ -413,6 +430,10 @@ class VllmEngine:
                 f"{type(error).__name__}: {error}"
             ) from error
         verify(adapter.sent, held, frozenset(adapter.sent))
+
+    def _remove_adapter(self, adapter: _Adapter) -> None:
+        self._llm.collective_rpc("remove_lora", args=(adapter.request.lora_int_id,))
+        shutil.rmtree(adapter.request.lora_path)
 
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():

@@ -59,14 +59,23 @@ class WorkerExtension:
     def fastalign_load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
     ) -> Transfer:
-        """Reload the model from ``tensors``, which is consumed to its end whatever happens.
+        """Reload the model from ``tensors``, which is consumed to its end unless it raises.
 
         Tensors outside ``names`` are recorded but kept from vLLM, whose loader would stop at them.
         """
         transfer = Transfer()
         shapes: dict[str, torch.Size] = {}
         dtype = self.model_config.dtype
-        stream = iter(tensors)
+        failures: list[Exception] = []
+
+        def source() -> Iterator[tuple[str, torch.Tensor]]:
+            try:
+                yield from tensors
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        stream = source()
 
         def arriving() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in stream:
@@ -85,6 +94,8 @@ class WorkerExtension:
         try:
             self.reload_weights(weights_iterator=arriving())
         except Exception as error:
+            if failures:
+                raise failures[0] from None
             # Whatever vLLM's loader trips over (a shape, a name, memory) is the caller's to report,
             # and only after the sender's collective operations have run to their end.
             last = next(reversed(shapes), "the first tensor")
@@ -187,6 +198,11 @@ def _read_parameter(
     dtype: torch.dtype,
 ) -> None:
     """Checksums of the tensors that ``parameter`` is the concatenation of, along its rows."""
+    if parameter.ndim == 0:
+        transfer.held[names[0]] = fingerprint(parameter.to(dtype))
+        return
+    if any(len(shapes[name]) != parameter.ndim for name in names):
+        return
     rows = sum(shapes[name][0] for name in names)
     # Embeddings carry empty rows at their end; anything else of another shape was laid out anew.
     padded = len(names) == 1 and parameter.ndim == 2 and len(parameter) > rows
