@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,6 @@ from fastalign.batch import Batch, make_batch
 from fastalign.config import ConfigError
 from fastalign.data import Example, Stream
 from fastalign_kernels import TokenLogprobs, linear_logprob
-import itertools
 
 PACKED_ATTENTION = "fastalign_packed"
 IDLE_TOKENS = 8

@@ -29,7 +29,7 @@ from fastalign.logprobs import Policy
 if not torch.cuda.is_available():
     # Read when DeepSpeed is imported, which otherwise warns about the accelerator it lacks.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402
+import deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,8 @@ class TrainedModel:
     def disturbed(self, strength: int) -> Iterator[None]:
         """Change the trained weights visibly and put them back bit for bit.
 
-        Adapters: every ``lora_B`` becomes noise of 0.02 x 4^strength, so each adapted kind of module
-        speaks.  Full weights: the matrices of every second layer are multiplied by 2^(strength + 1)
+        Adapters: every ``lora_B`` becomes noise of 0.02 x 4^strength, so each adapted kind of
+        module speaks.  Full weights: the matrices of every second layer are multiplied by 2^(strength + 1)
         and divided again, which is exact in binary floating point and works on shards.
         """
         changed = self._canary_parameters()

@@ -4,8 +4,10 @@ verdicts, the same continuation after an interruption."""
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import TESTS, as_method, distance, outside_environment, recipe, start
-from support import step_with_gradients as alone_step
+from support import (
+    TESTS,
+    as_method,
+    distance,
+    outside_environment,
+    recipe,
+    start,
+    step_with_gradients,
+)
 from test_logprobs import tiny_qwen3_5
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,6 +65,39 @@ def variants(
         for name, (method, case) in cases.items()
         for normalization in ("record", "token")
     }
+
+
+def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) -> list[int | None]:
+    """Exit codes of one process for each rank; None for those that had to be stopped.
+
+    Started without torchrun, whose own failures would hide a rank's.  A hang is what ranks do that
+    disagree about a collective, hence the limit.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with log.open("w") as output:
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=outside_environment(RANK=str(r), LOCAL_RANK=str(r), **group),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for r in range(ranks)
+        ]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in started]
+            if all(code is not None for code in codes) or any(codes):
+                break
+            time.sleep(0.1)
+        codes = [process.poll() for process in started]
+        for process in started:
+            process.kill()
+            process.wait()
+    return codes
 
 
 class Suite:
@@ -101,17 +143,8 @@ class Suite:
     def start(self) -> None:
         path = self.folder / "specification.json"
         path.write_text(json.dumps(self.specs))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node=2", TESTS / "distributed_worker.py", path]
-        with (self.folder / "log").open("w") as log:
-            try:
-                # A hang is what ranks do that disagree about a collective.
-                subprocess.run(
-                    command, env=outside_environment(), stdout=log, stderr=log, timeout=300
-                )
-            except subprocess.TimeoutExpired:
-                log.write("\ntimed out")
-        self.log = (self.folder / "log").read_text()
+        codes = run_ranks(TESTS / "distributed_worker.py", path, log=self.folder / "log")
+        self.log = f"exit codes {codes}\n{(self.folder / 'log').read_text()}"
 
     def result(self, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         path = self.folder / f"{name}.json"
@@ -155,7 +188,7 @@ def one_rank(suite: Suite, alone: dict, name: str, case: str):
         reference = spec.get("reference")
         first = parse_config(spec["recipe"] | {"zero_stage": 0})
         alone[key] = start(first, reference=Path(reference) if reference else None)[0]
-    return alone_step(alone[key], as_method(alone[key], config))
+    return step_with_gradients(alone[key], as_method(alone[key], config))
 
 
 def every_case() -> list[tuple[str, str]]:

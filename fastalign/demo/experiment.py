@@ -1,6 +1,6 @@
-"""The demo over several seeds, with controls of equal budget: ``python -m fastalign.demo.experiment``.
+"""The demo over several seeds, with controls of equal budget.
 
-Every step is kept in the output folder, so an interrupted experiment goes on where it stopped.
+``python -m fastalign.demo.experiment`` keeps every step in the output folder, so an interrupted experiment goes on where it stopped.
 Writes one JSON with each run's figures and their means over seeds.
 """
 

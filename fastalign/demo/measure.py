@@ -6,6 +6,7 @@ the engine's memory is back before training starts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.batch import make_batch
 from fastalign.config import JudgeConfig, RolloutConfig
 from fastalign.data import Example, Stream
-from fastalign.demo.rules import SPANS
+from fastalign.demo.rules import SPANS, WRITTEN
 from fastalign.episodes import sampling_seed
 from fastalign.judge import Pair, SelfPairwiseJudge
 from fastalign.logprobs import Policy, check_packing, probe_batch
 from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
 from fastalign.templates import Renderer
-import itertools
 
 MAX_NEW_TOKENS = 96
 MAX_LENGTH = 1024
@@ -81,11 +81,21 @@ def answers(
 
 
 def answer_metrics(kind: str, texts: Sequence[str], renderer: Renderer) -> dict[str, Any]:
-    """Per-prompt values, so that pairs of runs can be compared prompt by prompt."""
-    tokens = [len(renderer.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+    """Per-prompt values, so that pairs of runs can be compared prompt by prompt; lengths in
+    tokens, with and without the rule's spans."""
+
+    def tokens(text: str) -> int:
+        return len(renderer.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def without_spans(text: str) -> str:
+        for start, end in reversed(SPANS[kind](text)):
+            text = text[:start] + text[end:]
+        return text
+
     return {
         "flagged": [float(bool(SPANS[kind](t))) for t in texts],
-        "length": tokens,
+        "length": [tokens(t) for t in texts],
+        "length_without_spans": [tokens(without_spans(t)) for t in texts],
         "empty": [float(not t.strip()) for t in texts],
     }
 
@@ -210,39 +220,37 @@ def judge_quality(
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
-    """Measure every variant of a task: {name: {"adapter": folder or null}} over one base."""
-    from fastalign.demo.rules import judge_habit, judge_natural
+    """Measure one model, or an adapter on it.
 
-    renderer = Renderer(AutoTokenizer.from_pretrained(task["model"]))
-    kind, prompts, seed = task["kind"], task["prompts"], task["seed"]
-    adapters = dict(task["variants"].items())
-    ranks = [
-        json.loads(Path(f, "adapter_config.json").read_text())["r"] for f in adapters.values() if f
-    ]
-    result: dict[str, Any] = {name: {} for name in adapters}
-    with _engine(task["model"], max(ranks) if ranks else None) as engine:
-        for name, folder in adapters.items():
-            if folder:
-                load_adapter(engine, name, folder)
-            adapter = name if folder else None
-            drawn = answers(engine, renderer, prompts, adapter, seed, task.get("samples", 1))
-            result[name]["texts"] = drawn
-            result[name] |= answer_metrics(kind, [d[0] for d in drawn], renderer)
-            if task.get("judge_pairs"):
-                result[name]["judge"] = judge_quality(
-                    engine, renderer, adapter, kind, prompts, task["judge_pairs"]
-                )
-    if task.get("references"):
-        judge = {"habit": judge_habit, "natural": judge_natural}[kind]
-        for name, folder in adapters.items():
-            scorer = Scorer(task["model"], folder)
-            result[name]["reference_logprob"] = reference_logprob(
-                scorer, renderer, prompts, task["references"]
+    Keys of a task: model, adapter (optional), kind, prompts, seed; samples (default 1); references
+    (untouched answers to score); detect_on (answers to look for spans in, or "own") with lambda;
+    judge_pairs (answers to compare).
+    """
+    model, adapter = task["model"], task.get("adapter")
+    kind, prompts = task["kind"], task["prompts"]
+    renderer = Renderer(AutoTokenizer.from_pretrained(model))
+    rank = json.loads(Path(adapter, "adapter_config.json").read_text())["r"] if adapter else None
+    name = "measured" if adapter else None
+    with _engine(model, rank) as engine:
+        if adapter:
+            load_adapter(engine, "measured", adapter)
+        drawn = answers(engine, renderer, prompts, name, task["seed"], task.get("samples", 1))
+        texts = [first for first, *_ in drawn]
+        result: dict[str, Any] = {"texts": drawn, **answer_metrics(kind, texts, renderer)}
+        if "judge_pairs" in task:
+            result["judge"] = judge_quality(
+                engine, renderer, name, kind, prompts, task["judge_pairs"]
             )
-            if task.get("detect_on"):
-                result[name]["detection"] = detection(
-                    scorer, renderer, kind, judge, prompts, task["detect_on"], task["lambda"]
-                )
+    if "references" in task:
+        scorer = Scorer(model, adapter)
+        result["reference_logprob"] = reference_logprob(
+            scorer, renderer, prompts, task["references"]
+        )
+        if "detect_on" in task:
+            answered = texts if task["detect_on"] == "own" else task["detect_on"]
+            result["detection"] = detection(
+                scorer, renderer, kind, WRITTEN[kind], prompts, answered, task["lambda"]
+            )
     return result
 
 

@@ -97,5 +97,7 @@ class Shuffled:
         return [judgments[i] for i in order]
 
 
+WRITTEN = {"habit": judge_habit, "natural": judge_natural}
+
 shuffled_habit = Shuffled(judge_habit)
 shuffled_natural = Shuffled(judge_natural)

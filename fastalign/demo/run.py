@@ -31,6 +31,7 @@ from fastalign.demo.rules import OPENINGS
 RULES = "fastalign.demo.rules"
 HELD_OUT = 120
 PLANTED = 0.7
+LAMBDA = 1.5
 SFT_PROMPTS = 140
 LORA = {
     "use_peft": True,
@@ -82,7 +83,6 @@ class Demo:
             kind="habit",
             model=self.smollm,
             prompts=self.training[:SFT_PROMPTS],
-            variants={"base": None},
             samples=2,
         )
         held_out = self.measure(
@@ -90,9 +90,8 @@ class Demo:
             kind="habit",
             model=self.smollm,
             prompts=self.held_out,
-            variants={"base": None},
         )
-        return training["base"]["texts"], [t[0] for t in held_out["base"]["texts"]]
+        return training["texts"], [drawn[0] for drawn in held_out["texts"]]
 
     def habit_model(self) -> str:
         """SmolLM2 after SFT on its own answers, 70 % of which now start with an empty phrase."""
@@ -121,48 +120,43 @@ class Demo:
         """Online CUT, or a control, on the planted habit or on the model's natural phrases."""
         base = self.habit_model() if kind == "habit" else self.smollm
         prompts = self.training[SFT_PROMPTS:]
-        recipe = dict(
-            method="cut",
-            model_name_or_path=base,
-            datasets=[{"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}],
-            online={"iterations": 4, "prompts_per_iteration": 75},
-            judge={"type": "rule", "path": f"{RULES}:judge_{kind}"},
-            cut={
-                "lambda": 1.5,
+        recipe: dict[str, Any] = {
+            "method": "cut",
+            "model_name_or_path": base,
+            "datasets": [
+                {"path": self.write_rows("prompts.jsonl", [{"prompt": p} for p in prompts])}
+            ],
+            "online": {"iterations": 4, "prompts_per_iteration": 75},
+            "judge": {"type": "rule", "path": f"{RULES}:judge_{kind}"},
+            "cut": {
+                "lambda": LAMBDA,
                 "alpha": 1.0,
                 "gamma": 0.25,
                 "positive_ratio": 0.25,
                 "judged_warmup": 0.1,
             },
-            temperature=0.7,
-            max_completion_length=96,
-            learning_rate=3e-5,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_ratio=0.05,
-            global_batch_size=8,
-        )
+            "temperature": 0.7,
+            "max_completion_length": 96,
+            "learning_rate": 3e-5,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_ratio": 0.05,
+            "global_batch_size": 8,
+        }
         for key, value in variant.changes.items():
             _set(recipe, key, value.format(kind=kind) if isinstance(value, str) else value)
         name = f"cut-{kind}-{_slug(variant.name)}"
         trained = self.train(name, **recipe)
-        before = self.measure(
-            f"{kind}-before",
-            kind=kind,
-            model=base,
-            prompts=self.held_out,
-            variants={"before": None},
-        )
-        measured = self.measure(
-            f"{name}-measured",
-            kind=kind,
-            model=base,
-            prompts=self.held_out,
-            variants={"before": None, "after": adapter},
-            references=self.base_answers()[1],
-            detect_on=[t[0] for t in before["before"]["texts"]],
-            **{"lambda": recipe["cut"]["lambda"]},
-        )
-        return cut_figures(measured)
+        shared = {
+            "kind": kind,
+            "prompts": self.held_out,
+            "references": self.base_answers()[1],
+            "lambda": LAMBDA,
+        }
+        before = self.measure(f"{kind}-before", model=base, detect_on="own", **shared)
+        # Detection before and after is measured on the same answers, those of the start.
+        texts = [drawn[0] for drawn in before["texts"]]
+        after = self.measure(f"{name}-after", model=trained, detect_on=texts, **shared)
+        return cut_figures({"before": before, "after": after})
 
     # ------------------------------------------------------------------------------- stage 2
 
@@ -213,21 +207,19 @@ class Demo:
             **LORA,
         )
         pairs = self.measure(
-            f"judge-pairs-{suffix}",
-            kind="habit",
-            model=base,
-            prompts=self.held_out,
-            variants={"before": None},
-            samples=2,
-        )["before"]["texts"]
-        measured = self.measure(
-            f"self-judge-{suffix}-measured",
-            kind="habit",
-            model=base,
-            prompts=self.held_out,
-            variants={"before": judge, "after": policy},
-            judge_pairs=pairs,
-        )
+            "judge-pairs", kind="habit", model=base, prompts=self.held_out, samples=2
+        )["texts"]
+        measured = {
+            side: self.measure(
+                f"self-judge-{suffix}-{side}",
+                kind="habit",
+                model=base,
+                adapter=adapter,
+                prompts=self.held_out,
+                judge_pairs=pairs,
+            )
+            for side, adapter in (("before", judge), ("after", policy))
+        }
         return self_judge_figures(measured)
 
     def preference_rows(self, shuffled: bool) -> str:
@@ -274,7 +266,8 @@ class Demo:
         return str(target)
 
     def measure(self, name: str, **task: Any) -> dict[str, Any]:
-        """Answers and figures of several variants over one base, unless they are there."""
+        """Answers and figures of one model (see :func:`fastalign.demo.measure.main`), unless they
+        are there."""
         target = self.folder / f"{name}.json"
         if not target.is_file():
             path = self.folder / f"{name}.task.json"
@@ -332,6 +325,7 @@ def cut_figures(measured: dict[str, Any]) -> dict[str, Any]:
             "precision of flags": m["detection"]["precision"],
             "tokens in spans": m["detection"]["base_rate"],
             "mean length": float(np.mean(m["length"])),
+            "mean length without spans": float(np.mean(m["length_without_spans"])),
             "empty answers": float(np.mean(m["empty"])),
             "reference log-prob": float(np.mean(m["reference_logprob"])),
         }
@@ -351,6 +345,7 @@ def self_judge_figures(measured: dict[str, Any]) -> dict[str, Any]:
             "judge flips": m["judge"]["flipped"],
             "judge abstains": m["judge"]["abstained"],
             "mean length": float(np.mean(m["length"])),
+            "mean length without spans": float(np.mean(m["length_without_spans"])),
             "empty answers": float(np.mean(m["empty"])),
         }
         for side, m in measured.items()

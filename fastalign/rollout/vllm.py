@@ -253,8 +253,8 @@ class VllmEngine:
         self._check_awake()
         start = time.perf_counter()
         self._stale = f"the transfer of version {version} did not finish"
-        # Should the transfer stop halfway, layers are left without parameters, and vLLM cannot begin
-        # anew from there.
+        # Should the transfer stop halfway, layers are left without parameters, and vLLM cannot
+        # begin anew from there.
         self._dead = self._stale
         (transfer,) = self._llm.collective_rpc(
             "fastalign_load_weights", args=(tensors, names, version)

@@ -1,0 +1,362 @@
+"""The command as a user meets it: one line and exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support import TESTS, distance, outside_environment, rows, write_rows
+from transformers import AutoTokenizer
+
+from fastalign import __version__
+from fastalign.config import dump_config, load_config, parse_config
+
+RULE = "def rule(prompt, text):\n    return 'No.'\n"
+
+
+class Desk:
+    """A folder with recipes, data and models, right and wrong."""
+
+    def __init__(self, folder: Path, tiny_llama: Path) -> None:
+        self.folder = folder
+        self.model = tiny_llama
+        write_rows(folder / "pairs.jsonl", rows("preference", 12))
+        write_rows(folder / "answers.jsonl", rows("completion", 12))
+        write_rows(folder / "prompts.jsonl", rows("prompt", 6))
+        good = rows("completion", 3)
+        write_rows(folder / "bad.jsonl", [*good[:2], {"prompt": "x", "completion": 7}, good[2]])
+        write_rows(folder / "only-bad.jsonl", [{"prompt": "x", "completion": 7}])
+        (folder / "rule.py").write_text(RULE)
+        (folder / "empty").mkdir()
+        (folder / "a-file").write_text("here")
+        plain = folder / "no-template"
+        shutil.copytree(tiny_llama, plain)
+        for name in ("chat_template.jinja", "chat_template.json"):
+            (plain / name).unlink(missing_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(plain)
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(plain)
+
+    def recipe(self, name: str, **keys: Any) -> str:
+        """A right recipe but for ``keys``; None takes a key away."""
+        tree = {
+            "method": "sft",
+            "model_name_or_path": str(self.model),
+            "datasets": [{"path": str(self.folder / "answers.jsonl")}],
+            "output_dir": str(self.folder / f"out-{name}"),
+            "dtype": "float32",
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "report_to": [],
+        } | keys
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in tree.items() if v is not None}))
+        return str(path)
+
+    def data(self, name: str) -> list[dict[str, str]]:
+        return [{"path": str(self.folder / name)}]
+
+    def online(self, **keys: Any) -> dict[str, Any]:
+        return {
+            "method": "cut",
+            "datasets": self.data("prompts.jsonl"),
+            "online": {"prompts_per_iteration": 3},
+            "judge": {"path": f"{self.folder}/rule.py:rule"},
+            "rollout": {"engine": "hf"},
+            "max_completion_length": 4,
+            "use_peft": True,
+        } | keys
+
+
+def mistakes(desk: Desk) -> dict[str, tuple[list[str], list[str]]]:
+    """Name -> (arguments, what the one line has to contain)."""
+    here = desk.folder
+
+    def train(name: str, *overrides: str, **keys: Any) -> list[str]:
+        return ["train", desk.recipe(name, **keys), *overrides]
+
+    return {
+        "wrong key": (
+            train("wrong-key", learning_rte=1),
+            ["wrong-key.yaml: learning_rte is no key", "did you mean 'learning_rate'?"],
+        ),
+        "wrong key in a section": (
+            train("wrong-sub", cut={"lamda": 1.1}),
+            ["cut.lamda is no key", "did you mean 'lambda'?"],
+        ),
+        "wrong override": (
+            train("override", "dataset.0.path=x"),
+            ["dataset is no key", "did you mean 'datasets'?"],
+        ),
+        "wrong value": (
+            train("value", "lr_scheduler_type=cosin"),
+            ["lr_scheduler_type = 'cosin'", "'cosine'"],
+        ),
+        "missing recipe": (["train", f"{here}/nowhere.yaml"], ["nowhere.yaml: no such recipe"]),
+        "unknown method": (train("method", method="sfd"), ["method = 'sfd': known are sft"]),
+        "missing file": (
+            train("missing-file", datasets=desk.data("nowhere.jsonl")),
+            ["nowhere.jsonl: no such file"],
+        ),
+        "bad row": (
+            train("bad-row", datasets=desk.data("bad.jsonl"), strict=True),
+            ["bad.jsonl:3: field completion: value 7: want text"],
+        ),
+        "only bad rows": (
+            train("only-bad", datasets=desk.data("only-bad.jsonl")),
+            ["only-bad.jsonl: none of 1 rows can be used", "only-bad.jsonl:1"],
+        ),
+        "wrong columns": (
+            train("columns", method="dpo"),
+            ["answers.jsonl: has columns prompt, completion", "prompt + chosen + rejected"],
+        ),
+        "nothing fits": (
+            train("no-room", max_length=5),
+            ["no record can be trained on: 12 x max_length", "answers.jsonl:1"],
+        ),
+        "nothing fits, strictly": (
+            train("no-room-strict", max_length=5, strict=True),
+            ["answers.jsonl:1: max_length: the prompt leaves no room"],
+        ),
+        "missing model": (
+            train("missing-model", model_name_or_path=f"{here}/no-model"),
+            [f"model_name_or_path = '{here}/no-model'"],
+        ),
+        "empty model folder": (
+            train("empty-model", model_name_or_path=f"{here}/empty"),
+            [f"model_name_or_path = '{here}/empty'"],
+        ),
+        "no chat template": (
+            train("no-template", model_name_or_path=f"{here}/no-template"),
+            ["no-template has no chat template", "'alpaca'"],
+        ),
+        "missing template": (
+            train("template", datasets=[{**desk.data("answers.jsonl")[0], "template": "alpacca"}]),
+            ["template 'alpacca' is neither a file nor one of 'chat', 'alpaca'"],
+        ),
+        "evaluation without data": (train("eval", eval_steps=1), ["eval_steps needs held-out"]),
+        "judge missing": (
+            train("judge", **desk.online(judge=None)),
+            ["judge.yaml: judge is missing: online training needs"],
+        ),
+        "rule missing": (
+            train("rule", **desk.online(judge={"path": f"{here}/nowhere.py:rule"})),
+            [f"judge.path = '{here}/nowhere.py:rule': no such file"],
+        ),
+        "rule without that name": (
+            train("rule-name", **desk.online(judge={"path": f"{here}/rule.py:rul"})),
+            ["rule.py has no 'rul'"],
+        ),
+        "rule of evaluation missing": (
+            train(
+                "eval-rule",
+                **desk.online(eval_judge={"path": f"{here}/nowhere.py:rule"}),
+                eval_datasets=desk.data("prompts.jsonl"),
+                eval_steps=1,
+            ),
+            [f"eval_judge.path = '{here}/nowhere.py:rule': no such file"],
+        ),
+        "self judge for written judgments": (
+            train("self-written", **desk.online(judge={"type": "self"})),
+            ["judge.type = 'self': written judgments need judge.type: rule"],
+        ),
+        "too few prompts": (
+            train("few", **desk.online(online={"prompts_per_iteration": 4, "iterations": 2})),
+            ["online.iterations = 2", "needs more prompts than the 6"],
+        ),
+        "fewer prompts than one round": (
+            train("fewer", **desk.online(online={"prompts_per_iteration": 7})),
+            ["online.prompts_per_iteration = 7", "6"],
+        ),
+        "unknown modules for LoRA": (
+            train("modules", use_peft=True, lora_target_modules=["nope"]),
+            ["lora_target_modules", "nope"],
+        ),
+        "LoRA on the head": (
+            train("head", use_peft=True, lora_target_modules=["q_proj", "lm_head"]),
+            ["lora_target_modules includes the LM head"],
+        ),
+        "missing adapter": (
+            train("adapter", use_peft=True, adapter_name_or_path=f"{here}/empty"),
+            [f"adapter_name_or_path = '{here}/empty'"],
+        ),
+        "attention that is not installed": (
+            train("attention", attn_implementation="flash_attention_2"),
+            ["attn_implementation"],
+        ),
+        "output_dir is a file": (
+            train("output", output_dir=f"{here}/a-file"),
+            [f"output_dir = '{here}/a-file'"],
+        ),
+        "service that is not installed": (
+            train("service", report_to=["wandb"]),
+            ["report_to has 'wandb', which is not installed"],
+        ),
+        "DeepSpeed against the recipe": (
+            train("deepspeed", deepspeed={"zero_optimization": {"stage": 2}}, zero_stage=0),
+            ["deepspeed.zero_optimization.stage = 2 contradicts the recipe"],
+        ),
+        "no checkpoint there": (
+            train("resume", f"resume_from_checkpoint={here}/empty"),
+            [f"resume_from_checkpoint = '{here}/empty': no checkpoint there"],
+        ),
+    }
+
+
+NAMES = [
+    "wrong key", "wrong key in a section", "wrong override", "wrong value", "missing recipe",
+    "unknown method", "missing file", "bad row", "only bad rows", "wrong columns", "nothing fits",
+    "nothing fits, strictly", "missing model", "empty model folder", "no chat template",
+    "missing template", "evaluation without data", "judge missing", "rule missing",
+    "rule without that name", "rule of evaluation missing", "self judge for written judgments",
+    "too few prompts", "fewer prompts than one round", "unknown modules for LoRA",
+    "LoRA on the head", "missing adapter", "attention that is not installed",
+    "output_dir is a file", "service that is not installed", "DeepSpeed against the recipe",
+    "no checkpoint there",
+]  # fmt: skip
+ONLINE_RECIPE = {"cut": {"lambda": 1.25}, "datasets.0.weight": 0.5}
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_llama, tmp_path_factory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("desk"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def answers(desk) -> dict[str, tuple[int, str, str]]:
+    """What became of every command, each in its own process."""
+    cases = {name: arguments for name, (arguments, _) in mistakes(desk).items()}
+    good = desk.recipe("good")
+    cases |= {
+        "version": ["--version"],
+        "dry run": ["train", good, "cut.lambda=1.25", "learning_rate=5e-6", "--dry-run"],
+        "dry run first": ["train", "--dry-run", good, "cut.lambda=1.25", "learning_rate=5e-6"],
+        "dry run between": ["train", good, "cut.lambda=1.25", "--dry-run", "learning_rate=5e-6"],
+        "run": ["train", good],
+        "run again": ["train", good],
+        "resume": ["train", desk.recipe("resumed", save_steps=1, max_steps=1)],
+        "resume on": ["train", desk.recipe("resumed", save_steps=1, max_steps=1), "--resume"],
+        "nothing": [],
+    }
+    request, reply = desk.folder / "cases.json", desk.folder / "results.json"
+    request.write_text(json.dumps(cases))
+    command = [sys.executable, str(TESTS / "cli_server.py"), str(request), str(reply)]
+    subprocess.run(command, env=outside_environment(), check=True, timeout=600)
+    return json.loads(reply.read_text())
+
+
+def one_line(stderr: str) -> str:
+    assert "Traceback" not in stderr, stderr
+    ours = [line for line in stderr.splitlines() if line.startswith("fastalign: ")]
+    assert len(ours) == 1 and stderr.rstrip().splitlines()[-1] == ours[0], stderr
+    return ours[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_is_one_line_that_names_it(desk, answers, name):
+    code, out, err = answers[name]
+    line = one_line(err)
+    for part in mistakes(desk)[name][1]:
+        assert part in line
+    assert (code, out) == (2, "")
+
+
+def test_every_mistake_is_looked_at(desk):
+    assert list(mistakes(desk)) == NAMES
+
+
+@pytest.mark.parametrize("name", ["dry run", "dry run first", "dry run between"])
+def test_a_dry_run_prints_the_resolved_recipe(desk, answers, name):
+    code, out, err = answers[name]
+    assert (code, err) == (0, "")
+    expected = load_config(desk.recipe("good"), ["cut.lambda=1.25", "learning_rate=5e-6"])
+    assert parse_config(yaml.safe_load(out)) == expected
+    assert (expected.cut.lambda_, expected.learning_rate) == (1.25, 5e-6)
+    assert out == dump_config(expected)
+
+
+def test_a_run_says_what_it_does_and_where_the_result_is(desk, answers):
+    code, out, err = answers["run"]
+    assert (code, out) == (0, "")
+    assert "12 examples" in err and "2 steps" in err
+    assert "step 1/2  loss " in err and "step 2/2  loss " in err
+    assert err.rstrip().endswith(f"done: {desk.folder}/out-good")
+    folder = desk.folder / "out-good"
+    assert {"model.safetensors", "config.json", "run.json", "README.md", "recipe.yaml"} <= {
+        path.name for path in folder.iterdir()
+    }
+    recipe = load_config(folder / "recipe.yaml")
+    assert recipe == load_config(desk.recipe("good"))
+    # Without checkpoints nothing stands in the way of doing it again.
+    assert answers["run again"][0] == 0
+
+
+def test_a_finished_run_that_is_resumed_is_done(desk, answers):
+    assert answers["resume"][0] == 0
+    code, _, err = answers["resume on"]
+    assert code == 0 and "resumed from" in err and "at step 1" in err
+
+
+def test_version_and_usage(answers):
+    assert answers["version"] == [0, f"fastalign {__version__}\n", ""]
+    code, _, err = answers["nothing"]
+    assert code == 2 and err.startswith("usage: fastalign")
+
+
+def shell(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=outside_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def test_the_installed_command_and_the_module_are_the_same(desk):
+    arguments = ["train", desk.recipe("twice", max_stps=1)]
+    command = Path(sys.executable).with_name("fastalign")
+    for start in ([str(command)], [sys.executable, "-m", "fastalign"]):
+        done = shell(*start, *arguments)
+        assert "did you mean 'max_steps'?" in one_line(done.stderr)
+        assert done.returncode == 2
+
+
+def test_two_ranks_make_the_same_mistake_once(desk):
+    recipe = desk.recipe("two", datasets=desk.data("bad.jsonl"), strict=True)
+    done = shell(sys.executable, "-m", "fastalign", "train", recipe, "nproc_per_node=2")
+    assert "bad.jsonl:3: field completion: value 7: want text" in one_line(done.stderr)
+    assert done.returncode == 2
+
+
+def test_two_ranks_by_the_command_end_where_one_does(desk):
+    keys = {
+        "use_peft": True,
+        "learning_rate": 1e-2,
+        # Adam divides by the gradient's size: an epsilon far above its rounding keeps that out.
+        "adam_epsilon": 1e-2,
+        "max_steps": 3,
+        "lr_scheduler_type": "constant",
+    }
+    weights = []
+    for processes in (1, 2):
+        recipe = desk.recipe(f"ranks-{processes}", nproc_per_node=processes, **keys)
+        done = shell(sys.executable, "-m", "fastalign", "train", recipe)
+        assert done.returncode == 0, done.stderr
+        assert f"ZeRO {0 if processes == 1 else 3}, {processes} process(es)" in done.stderr
+        assert done.stderr.count("step 3/3") == 1
+        folder = desk.folder / f"out-ranks-{processes}"
+        weights.append(load_file(folder / "adapter_model.safetensors"))
+        facts = json.loads((folder / "run.json").read_text())
+        assert facts["hardware"]["processes"] == processes
+    moved = {n: t for n, t in weights[0].items() if "lora_B" in n}
+    assert all(t.abs().max() > 1e-4 for t in moved.values())
+    assert distance({n: weights[1][n] for n in moved}, moved) < 1e-5
