@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
+import time
 
 from fastalign import __version__
 from fastalign.config import Config, ConfigError, dump_config, load_config
 
 OK, FAILED, USAGE = 0, 1, 2
+# How long a rank with a mistake waits for the first one to name it.
+PATIENCE_S = 10.0
 
 TRAIN_HELP = """\
 examples:
@@ -56,18 +60,45 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         if arguments.command == "train":
-            return _train(arguments, passed_on)
+            overrides, torchrun_options = _separate(passed_on)
+            arguments.overrides += overrides
+            return _train(arguments, torchrun_options)
         from fastalign.demo.run import run_demo
 
         return run_demo(arguments.output_dir, arguments.seed)
     except ConfigError as error:
-        # Every rank reads the same recipe and data, so one of them speaks for all.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastalign: {error}", file=sys.stderr)
+        _complain(str(error))
         return USAGE
     except KeyboardInterrupt:
         print("fastalign: interrupted", file=sys.stderr)
         return FAILED
+
+
+def _complain(message: str) -> None:
+    """One line for the user, from one rank.
+
+    Every rank reads the same recipe and data, so the first speaks for all.  The others give it the
+    time to, because torchrun stops everybody when one rank ends.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
+    print(f"fastalign: {message}", file=sys.stderr, flush=True)
+
+
+def _separate(passed_on: list[str]) -> tuple[list[str], list[str]]:
+    """(overrides, options for torchrun) of what argparse did not take.
+
+    It takes positional arguments in one go: overrides behind an option of ours are left over.
+    """
+    overrides: list[str] = []
+    options: list[str] = []
+    for item in passed_on:
+        is_value = bool(options) and options[-1].startswith("--") and "=" not in options[-1]
+        if re.match(r"[A-Za-z_][\w.]*=", item) and not is_value:
+            overrides.append(item)
+        else:
+            options.append(item)
+    return overrides, options
 
 
 def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
@@ -89,10 +120,10 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     try:
         train(config)
     except EngineError as error:
-        print(f"fastalign: rollout engine: {error}", file=sys.stderr)
+        _complain(f"rollout engine: {error}")
         return FAILED
     except FloatingPointError as error:
-        print(f"fastalign: {error}", file=sys.stderr)
+        _complain(str(error))
         return FAILED
     return OK
 

@@ -167,8 +167,9 @@ class TrainedModel:
         """Change the trained weights visibly and put them back bit for bit.
 
         Adapters: every ``lora_B`` becomes noise of 0.02 x 4^strength, so each adapted kind of
-        module speaks.  Full weights: the matrices of every second layer are multiplied by 2^(strength + 1)
-        and divided again, which is exact in binary floating point and works on shards.
+        module speaks.  Full weights: the matrices of every second layer are multiplied by
+        2^(strength + 1) and divided again, which is exact in binary floating point and works on
+        shards.
         """
         changed = self._canary_parameters()
         kept = [data.clone() for data in changed] if self.uses_adapter else []

@@ -1,7 +1,8 @@
 """The demo over several seeds, with controls of equal budget.
 
-``python -m fastalign.demo.experiment`` keeps every step in the output folder, so an interrupted experiment goes on where it stopped.
-Writes one JSON with each run's figures and their means over seeds.
+``python -m fastalign.demo.experiment`` keeps every step in the output folder, so that an
+interrupted experiment goes on where it stopped, and writes one JSON with each run's figures and
+their means over seeds.
 """
 
 from __future__ import annotations
