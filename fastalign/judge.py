@@ -155,19 +155,36 @@ def make_judge(
     A rule is a function, judged item by item, or an object that has ``judge`` or ``compare``
     itself and sees whole batches.
     """
-    if config.type == "self":
-        if kind != "pairwise":
-            raise ConfigError("judge.type = 'self': written judgments need judge.type: rule")
+    rule = load_rule(config, kind)
+    if rule is None:
         assert next_logprobs is not None
         return SelfPairwiseJudge(config, renderer, next_logprobs)
-    assert config.path is not None
-    rule = load_object(config.path, "judge.path")
-    method = "judge" if kind == "written" else "compare"
-    if hasattr(rule, method):
+    if hasattr(rule, _METHODS[kind]):
         return rule() if isinstance(rule, type) else rule
-    if not callable(rule):
-        raise ConfigError(f"judge.path = {config.path!r}: neither callable nor has {method!r}")
     return RuleWrittenJudge(rule) if kind == "written" else RulePairwiseJudge(rule)
+
+
+_METHODS = {"written": "judge", "pairwise": "compare"}
+
+
+def load_rule(config: JudgeConfig, kind: str, key: str = "judge") -> Any:
+    """The object that a rule judge names, None for a self judge; ``key`` is the recipe's section.
+
+    Raises:
+        ConfigError: there is no such object, or the judge cannot give verdicts of this kind.
+    """
+    if config.type == "self":
+        if kind != "pairwise":
+            raise ConfigError(f"{key}.type = 'self': written judgments need {key}.type: rule")
+        return None
+    if config.path is None:
+        raise ConfigError(f"{key}.path is missing: a rule judge names its callable")
+    rule = load_object(config.path, f"{key}.path")
+    if not callable(rule) and not hasattr(rule, _METHODS[kind]):
+        raise ConfigError(
+            f"{key}.path = {config.path!r}: neither callable nor has {_METHODS[kind]!r}"
+        )
+    return rule
 
 
 def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Episode]:

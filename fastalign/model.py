@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -341,10 +342,11 @@ def _load_causal_lm(
                 else {}
             ),
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model_name_or_path = {config.model_name_or_path!r}: {_first_line(error)}"
-        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        # What lacks a package is the attention that was asked for, if one was.
+        lacks = isinstance(error, ImportError) and config.attn_implementation
+        key = "attn_implementation" if lacks else "model_name_or_path"
+        raise ConfigError(f"{key} = {getattr(config, key)!r}: {_first_line(error)}") from None
     finally:
         if context is not None:
             del context
@@ -363,16 +365,17 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
         adapted.set_adapter(POLICY)
     else:
         targets = config.lora_target_modules
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                task_type="CAUSAL_LM",
-            ),
+        lora = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
         )
+        try:
+            adapted = get_peft_model(model, lora)
+        except ValueError as error:
+            raise ConfigError(f"lora_target_modules = {targets!r}: {_first_line(error)}") from None
     head = adapted.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ConfigError(
@@ -457,7 +460,10 @@ def init_distributed(timeout_s: float) -> torch.device:
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
         )
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    # DeepSpeed prints that it built an operation; standard output is the user's.
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    logger.debug("%s", printed.getvalue().strip())
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
 

@@ -38,7 +38,10 @@ class Tracker:
         if not self.active:
             return
         folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir = {config.output_dir!r}: {error.strerror}") from None
         self._path = folder / "metrics.jsonl"
         self._writers = [_WRITERS[name](config) for name in config.report_to]
 

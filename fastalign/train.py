@@ -26,6 +26,7 @@ from fastalign.batch import make_batch, plan_batches
 from fastalign.config import Config, ConfigError, dump_config
 from fastalign.data import Drops, Example, Record, RowError, Stream, load_records, split_records
 from fastalign.evaluate import Evaluator
+from fastalign.judge import load_rule
 from fastalign.logprobs import check_logprobs, check_packing, probe_batch
 from fastalign.methods import Method, Metrics, make_method
 from fastalign.methods.base import Dropped
@@ -65,6 +66,7 @@ def train(config: Config) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()
 
     method = make_method(config)
+    check_judges(config, method)
     tokenizer = load_tokenizer(config)
     renderers = make_renderers(config, tokenizer)
     records, held_out, data_lines = load_data(config, method)
@@ -100,6 +102,15 @@ def train(config: Config) -> dict[str, float]:
         tracker.close()
         if engine is not None:
             engine.close()
+
+
+def check_judges(config: Config, method: Method) -> None:
+    """Refuse a judge that is not there before a model is loaded, not when it is first asked."""
+    if config.online is not None and config.judge is not None:
+        assert method.judge_kind is not None
+        load_rule(config.judge, method.judge_kind)
+    if config.online is not None and config.eval_judge is not None:
+        load_rule(config.eval_judge, "pairwise", "eval_judge")
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -216,10 +227,12 @@ def plan_rounds(
     available = math.floor(len(records) * config.num_train_epochs / online.prompts_per_iteration)
     count = online.iterations or available
     if count > available or count == 0:
+        asked = f"online.prompts_per_iteration = {online.prompts_per_iteration}"
+        if online.iterations is not None:
+            asked = f"online.iterations = {online.iterations} x {asked}"
         raise ConfigError(
-            f"online.iterations = {online.iterations} x online.prompts_per_iteration = "
-            f"{online.prompts_per_iteration} needs more prompts than the {len(records)} there are "
-            f"in {config.num_train_epochs:g} epochs"
+            f"{asked} needs more prompts than the {len(records)} there are in "
+            f"{config.num_train_epochs:g} epochs"
         )
     order: list[Record] = []
     for epoch in range(math.ceil(config.num_train_epochs)):

@@ -173,10 +173,10 @@ class Demo:
             datasets=[{"path": self.preference_rows(shuffled)}],
             # The demonstrations were the habit model's SFT; what is left to learn is judging.
             jsft={"demonstrations": False},
-            learning_rate=1e-3,
-            lr_scheduler_type="cosine",
-            warmup_ratio=0.1,
-            num_train_epochs=1,
+            learning_rate=4e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_ratio=0.05,
+            num_train_epochs=2,
             global_batch_size=8,
             **LORA,
         )
@@ -192,7 +192,7 @@ class Demo:
                     )
                 }
             ],
-            online={"iterations": 10, "prompts_per_iteration": 24, "num_generations": 2},
+            online={"iterations": 8, "prompts_per_iteration": 24, "num_generations": 2},
             judge={"type": "self", "model": "reference"},
             # On a CPU vLLM applies adapters six times slower than the embedded engine does.
             rollout={"engine": "auto" if torch.cuda.is_available() else "hf"},
@@ -200,7 +200,7 @@ class Demo:
             top_p=0.9,
             max_completion_length=96,
             beta=0.1,
-            learning_rate=2e-4,
+            learning_rate=3e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_ratio=0.1,
             global_batch_size=24,

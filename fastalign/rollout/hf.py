@@ -412,6 +412,8 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return  # a layer that uses another one's keys
         rows, filled = len(indices), self.keys.shape[-2]
         if rows > len(self.keys):
             self._buffers = (_roomy(self.keys[indices]), _roomy(self.values[indices]))
