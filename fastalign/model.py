@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ def resolve_zero_stage(config: Config, world_size: int) -> int:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    name = config.model_name_or_path
+    # A hub name is ``name`` or ``owner/name``; everything else was meant as a folder.
+    if not Path(name).exists() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
+        raise ConfigError(f"model_name_or_path = {name!r}: no such folder")
     try:
         return AutoTokenizer.from_pretrained(
             config.model_name_or_path,
@@ -108,6 +113,7 @@ class TrainedModel:
             if self.reference_engine is not None:
                 yield self.reference_engine
                 return
+            assert self.uses_adapter, "full fine-tuning was started without a reference"
             # The engine's own flag says nothing: DeepSpeed switches the module it wraps alone.
             training = self.policy.training
             self.engine.eval()
@@ -156,9 +162,10 @@ class TrainedModel:
                 yield name, parameter.detach().to(dtype)
 
     @contextlib.contextmanager
-    def _gather(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+    def _gather(self, parameters: list[nn.Parameter], write: bool = False) -> Iterator[None]:
+        """Whole parameters, also of a ZeRO-3 shard; what is written to them stays only if said."""
         if self.zero_stage == 3:
-            with deepspeed.zero.GatheredParameters(parameters):
+            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
                 yield
         else:
             yield
@@ -169,44 +176,45 @@ class TrainedModel:
 
         Adapters: every ``lora_B`` becomes noise of 0.02 x 4^strength, so each adapted kind of
         module speaks.  Full weights: the matrices of every second layer are multiplied by
-        2^(strength + 1) and divided again, which is exact in binary floating point and works on
-        shards.
+        2^(strength + 1) and divided again, which is exact in binary floating point.
         """
         changed = self._canary_parameters()
-        kept = [data.clone() for data in changed] if self.uses_adapter else []
         generator = torch.Generator(device=self.device).manual_seed(0)
         factor = 2.0 ** (strength + 1)
-        for data in changed:
-            if self.uses_adapter:
-                noise = torch.randn(data.shape, generator=generator, device=data.device)
-                data.copy_(noise.mul_(0.02 * 4**strength))
-            else:
-                data.mul_(factor)
+        kept = []
+        for parameter in changed:
+            with self._gather([parameter], write=True):
+                data = parameter.data
+                if self.uses_adapter:
+                    kept.append(data.clone())
+                    noise = torch.randn(data.shape, generator=generator, device=data.device)
+                    data.copy_(noise.mul_(0.02 * 4**strength))
+                else:
+                    data.mul_(factor)
         try:
             yield
         finally:
-            for index, data in enumerate(changed):
-                if self.uses_adapter:
-                    data.copy_(kept[index])
-                else:
-                    data.mul_(1 / factor)
+            for index, parameter in enumerate(changed):
+                with self._gather([parameter], write=True):
+                    if self.uses_adapter:
+                        parameter.data.copy_(kept[index])
+                    else:
+                        parameter.data.mul_(1 / factor)
 
-    def _canary_parameters(self) -> list[torch.Tensor]:
+    def _canary_parameters(self) -> list[nn.Parameter]:
         names = {
             name: parameter
             for name, parameter in self.policy.named_parameters()
             if parameter.requires_grad
         }
         if self.uses_adapter:
-            chosen = [p for n, p in names.items() if "lora_B" in n]
-        else:
-            chosen = [
-                p
-                for n, p in names.items()
-                if len(_shape(p)) == 2
-                and any(part.isdigit() and int(part) % 2 == 0 for part in n.split("."))
-            ]
-        return [getattr(p, "ds_tensor", p).data for p in chosen]
+            return [p for n, p in names.items() if "lora_B" in n]
+        return [
+            p
+            for n, p in names.items()
+            if len(_shape(p)) == 2
+            and any(part.isdigit() and int(part) % 2 == 0 for part in n.split("."))
+        ]
 
 
 @contextlib.contextmanager
@@ -410,7 +418,8 @@ def _reference_engine(
         return policy
     engine, *_ = deepspeed.initialize(model=policy, config=settings)
     _mark_sharded(policy)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def _mark_sharded(policy: Policy) -> None:

@@ -24,8 +24,11 @@ from safetensors.torch import save_file
 
 import fastalign.train as loop
 from fastalign.config import Config, parse_config
-from fastalign.model import init_distributed
-from fastalign.online import ReferenceScorer
+from fastalign.model import POLICY, TrainedModel, init_distributed
+from fastalign.online import ReferenceScorer, push_weights
+from fastalign.rollout import EngineError
+from fastalign.rollout import vllm as vllm_engine
+from fastalign.rollout.sync import fingerprint
 
 
 def keep(path: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -89,7 +92,119 @@ def interruption(folder: Path, name: str, config: Config, spec: dict[str, Any]) 
     keep(folder / name, metrics, {})
 
 
-SCENARIOS = {"gradients": gradients, "training": training, "interruption": interruption}
+def _agreement(run: Any) -> dict[str, np.ndarray]:
+    """The same next-token log-probs by the engine and by the trainer (collective)."""
+    words = np.array(run.tokenizer("The capital of France is Paris.").input_ids, dtype=np.int32)
+    tokens = sorted(set(words.tolist()))
+    adapter = POLICY if run.model.uses_adapter else None
+    prompts = [words[:n] for n in range(1, len(words))]
+    run.model.engine.eval()
+    trainer = loop._trainer_next_logprobs(run.model, words, tokens)
+    run.model.engine.train()
+    return {"trainer": trainer, "engine": run.engine.next_logprobs(prompts, tokens, adapter)}
+
+
+def _content(run: Any) -> dict[str, Any]:
+    """Names whose content was found in the engine, against checksums taken here (collective).
+
+    The engine's side is read back from vLLM's own parameters; the trainer's side is computed anew
+    from gathered weights, not from what a transfer says that it sent.
+    """
+    model, engine = run.model, run.engine
+    if not model.uses_adapter:
+        names = frozenset(model.named_weights())
+        own = {n: fingerprint(t) for n, t in model.iter_weights(engine._dtype)}
+        (transfer,) = engine._llm.collective_rpc(
+            "fastalign_load_weights", args=(model.iter_weights(engine._dtype), names, run.version)
+        )
+        held = transfer.held
+        columns = [n for n, x in transfer.columns_held.items() if x == transfer.columns_sent[n]]
+    else:
+        folded = vllm_engine._folded(
+            POLICY, model.adapter_tensors(), model.adapter_config(), engine._dtype
+        )
+        own = {n: fingerprint(t) for n, t in folded.items()}
+        adapter = engine._adapters[POLICY]
+        (held,) = engine._llm.collective_rpc(
+            "fastalign_load_adapter", args=(adapter.request, adapter.shapes)
+        )
+        columns = []
+    return {
+        "names": sorted(own),
+        "equal": sorted(n for n in own if held.get(n) == own[n]),
+        "different": sorted(n for n in own if n in held and held[n] != own[n]),
+        "columns": sorted(columns),
+    }
+
+
+def rollouts(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A run whose engine is compared with its trainer before the first step and after the last."""
+    original = loop.run_rounds
+    facts: dict[str, Any] = {}
+
+    def run_rounds(run: Any, *arguments: Any) -> dict[str, float]:
+        first = _agreement(run)
+        metrics = original(run, *arguments)
+        run.engine.wake()
+        push_weights(run)
+        last = _agreement(run)
+        facts.update(
+            engine=run.engine.name,
+            gap_before=float(np.abs(first["engine"] - first["trainer"]).max()),
+            gap_after=float(np.abs(last["engine"] - last["trainer"]).max()),
+            moved=float(np.abs(last["trainer"] - first["trainer"]).max()),
+            followed=float(np.abs(last["engine"] - first["engine"]).max()),
+            content=_content(run),
+        )
+        return metrics
+
+    loop.run_rounds = run_rounds
+    try:
+        facts["metrics"] = loop.train(config)
+    finally:
+        loop.run_rounds = original
+    keep(folder / name, facts, {})
+
+
+def withheld(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A run whose transfers lose one tensor from a given push on."""
+    pushes = 0
+    whole = TrainedModel.iter_weights, TrainedModel.adapter_tensors
+
+    def iter_weights(model: Any, dtype: torch.dtype) -> Any:
+        nonlocal pushes
+        pushes += 1
+        for item in whole[0](model, dtype):
+            if pushes < spec["push"] or spec["tensor"] not in item[0]:
+                yield item
+
+    def adapter_tensors(model: Any, adapter: str = POLICY) -> dict[str, torch.Tensor]:
+        nonlocal pushes
+        pushes += 1
+        tensors = whole[1](model, adapter)
+        if pushes < spec["push"]:
+            return tensors
+        # Both matrices of one module: what is left is an adapter that loads without complaint.
+        return {n: t for n, t in tensors.items() if spec["tensor"] not in n}
+
+    TrainedModel.iter_weights, TrainedModel.adapter_tensors = iter_weights, adapter_tensors
+    said = ""
+    try:
+        loop.train(config)
+    except EngineError as error:
+        said = str(error)
+    finally:
+        TrainedModel.iter_weights, TrainedModel.adapter_tensors = whole
+    keep(folder / name, {"error": said, "pushes": pushes}, {})
+
+
+SCENARIOS = {
+    "gradients": gradients,
+    "training": training,
+    "interruption": interruption,
+    "rollouts": rollouts,
+    "withheld": withheld,
+}
 
 
 def main(path: Path) -> None:

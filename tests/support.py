@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,3 +164,36 @@ def outside_environment(**extra: str) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in names}
     return kept | {"OMP_NUM_THREADS": "1"} | extra
+
+
+def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) -> list[int | None]:
+    """Exit codes of one process for each rank; None for those that had to be stopped.
+
+    Started without torchrun, whose own failures would hide a rank's.  A hang is what ranks do that
+    disagree about a collective, hence the limit.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with log.open("w") as output:
+        started = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=outside_environment(RANK=str(r), LOCAL_RANK=str(r), **group),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for r in range(ranks)
+        ]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in started]
+            if all(code is not None for code in codes) or any(codes):
+                break
+            time.sleep(0.1)
+        codes = [process.poll() for process in started]
+        for process in started:
+            process.kill()
+            process.wait()
+    return codes
