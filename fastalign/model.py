@@ -146,6 +146,14 @@ class TrainedModel:
             state = get_peft_model_state_dict(self.policy.model, adapter_name=adapter)
             return {name: tensor.detach().clone() for name, tensor in state.items()}
 
+    def adapter_names(self, adapter: str = POLICY) -> frozenset[str]:
+        """The names :meth:`adapter_tensors` has to have, from the model's own parameters."""
+        return frozenset(
+            name.replace(f".{adapter}.", ".")
+            for name, _ in self.policy.model.named_parameters()
+            if f".{adapter}." in name
+        )
+
     def adapter_config(self, adapter: str = POLICY) -> dict[str, Any]:
         config = self.policy.model.peft_config[adapter]
         return {
@@ -443,7 +451,7 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
 
 
 def init_distributed(timeout_s: float) -> torch.device:

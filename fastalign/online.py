@@ -57,9 +57,15 @@ def push_weights(run: Run) -> None:
     assert run.engine is not None
     run.version += 1
     if run.model.uses_adapter:
-        report = run.engine.load_adapter(
-            POLICY, run.model.adapter_tensors(), run.model.adapter_config(), run.version
-        )
+        tensors = run.model.adapter_tensors()
+        # An adapter that lacks a module is one that loads without complaint.
+        unlike = sorted(run.model.adapter_names() ^ tensors.keys())
+        if unlike:
+            raise EngineError(
+                f"weight transfer: {len(unlike)} tensors of the adapter are missing or extra: "
+                + ", ".join(unlike[:4])
+            )
+        report = run.engine.load_adapter(POLICY, tensors, run.model.adapter_config(), run.version)
     else:
         report = run.engine.load_weights(
             run.model.iter_weights(run.model.dtype),

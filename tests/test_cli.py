@@ -115,7 +115,7 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "wrong columns": (
             train("columns", method="dpo"),
-            ["answers.jsonl: has columns prompt, completion", "prompt + chosen + rejected"],
+            ["answers.jsonl: has columns prompt, completion", "needs chosen + rejected"],
         ),
         "nothing fits": (
             train("no-room", max_length=5),
