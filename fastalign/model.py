@@ -462,34 +462,29 @@ def init_distributed(timeout_s: float) -> torch.device:
     from datetime import timedelta
 
     cuda = torch.cuda.is_available()
-    for key, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
+    limit = timedelta(seconds=timeout_s)
+    store = None
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(key, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
+        # Bound here: a port that was found free may be taken a moment later.  Named nowhere: a
+        # command that this process starts must not take it for its own.
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=limit)
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
+            "cuda:nccl,cpu:gloo" if cuda else "gloo",
+            timeout=limit,
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
         )
     # DeepSpeed prints that it built an operation; standard output is the user's.
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
     logger.debug("%s", printed.getvalue().strip())
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def load_generation_config(config: Config) -> GenerationConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -172,10 +171,15 @@ def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) ->
     Started without torchrun, whose own failures would hide a rank's.  A hang is what ranks do that
     disagree about a collective, hence the limit.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # The ranks meet at a store of this process, as under torchrun's agent: a port that was found
+    # free and is bound later by rank 0 may be taken in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     with log.open("w") as output:
         started = [
             subprocess.Popen(

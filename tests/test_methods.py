@@ -148,6 +148,15 @@ def test_jsft_shows_the_chosen_answer_once_in_each_slot(renderer):
         assert prompt_of(stream) == expected.tolist()
 
 
+def test_jsft_takes_demonstrations_from_completions(renderer):
+    record = Record("completion", prompt=USER, completion="is one", weight=2.0)
+    # The switch is about what a pair gives; a demonstration is one in any case.
+    for switch in (True, False):
+        (example,) = method("jsft", jsft={"demonstrations": switch}).from_record(record, renderer)
+        assert (example.streams[0].role, example.weight) == ("demonstration", 2.0)
+        assert text_of(renderer, answer_of(example.streams[0])) == "is one<|im_end|>"
+
+
 def test_jsft_judges_once_for_each_principle(renderer):
     record = Record("preference", prompt=USER, chosen="is one", rejected="is two")
     judge = {"type": "self", "principles": ["honesty", "brevity"]}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import outside_environment
 
 pytest.importorskip("trl")
 
@@ -20,7 +20,7 @@ def test_steps_match_trl(sharp_llama: Path, tmp_path: Path) -> None:
     # One thread: two processes of a busy machine would wait for each other's.
     process = subprocess.run(
         [sys.executable, SCRIPT, "--model", sharp_llama, "--steps", "3", "--output", output],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=outside_environment(),
         capture_output=True,
         text=True,
     )

@@ -185,7 +185,7 @@ def test_prompts_beyond_the_token_budget_run_in_several_batches(engine, model, m
     settings = SamplingSettings(8)
     expected = engine.generate(prompts, settings, seeds=range(9))
     monkeypatch.setattr(hf, "_PREFILL_TOKENS", 30)
-    batches = list(engine._batches(prompts))
+    batches = list(engine._batches(prompts, 30))
     assert sorted(i for rows in batches for i in rows) == list(range(9))
     for rows in batches:
         longest = max(prompts[i].size for i in rows)

@@ -22,14 +22,19 @@ import numpy as np
 
 from fastalign.demo.run import CUT_VARIANTS, JUDGE_VARIANTS, Demo
 
-STAGES = ("habit", "natural", "self-judge")
+VARIANTS = {
+    "habit": CUT_VARIANTS,
+    # Without controls: what a model says by itself is the harder subject, shown for comparison.
+    "natural": CUT_VARIANTS[:1],
+    "self-judge": JUDGE_VARIANTS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastalign.demo.experiment")
-    parser.add_argument("--output-dir", default="demo-output")
+    parser.add_argument("--output-dir", default="runs/demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--result", default="bench/results/demo.json")
     arguments = parser.parse_args(argv)
 
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seeds": arguments.seeds,
         "libraries": {
             name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "deepspeed", "peft")
+            for name in ("fastalign", "torch", "transformers", "deepspeed", "peft")
         },
         "machine": platform.machine(),
         "stages": {stage: {} for stage in arguments.stages},
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in arguments.seeds:
         demo = Demo(Path(arguments.output_dir) / f"seed-{seed}", seed, say)
         for stage in arguments.stages:
-            for variant in JUDGE_VARIANTS if stage == "self-judge" else CUT_VARIANTS:
+            for variant in VARIANTS[stage]:
                 say(f"seed {seed}, {stage}: {variant.name}")
                 figures = (
                     demo.self_judge(variant) if stage == "self-judge" else demo.cut(stage, variant)

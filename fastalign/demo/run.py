@@ -33,6 +33,7 @@ HELD_OUT = 120
 PLANTED = 0.7
 LAMBDA = 1.5
 SFT_PROMPTS = 140
+DEMONSTRATIONS = 70
 LORA = {
     "use_peft": True,
     "lora_r": 16,
@@ -170,13 +171,19 @@ class Demo:
             f"jsft-{suffix}",
             method="jsft",
             model_name_or_path=base,
-            datasets=[{"path": self.preference_rows(shuffled)}],
-            # The demonstrations were the habit model's SFT; what is left to learn is judging.
+            datasets=[
+                {"path": self.preference_rows(shuffled)},
+                # Demonstrations with the habit: the policy is to lose it by judging itself.
+                {
+                    "path": str(self.folder / "habit-sft.jsonl"),
+                    "max_samples": DEMONSTRATIONS,
+                },
+            ],
             jsft={"demonstrations": False},
-            learning_rate=4e-4,
+            learning_rate=8e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_ratio=0.05,
-            num_train_epochs=2,
+            num_train_epochs=1.6,
             global_batch_size=8,
             **LORA,
         )
@@ -192,7 +199,7 @@ class Demo:
                     )
                 }
             ],
-            online={"iterations": 8, "prompts_per_iteration": 24, "num_generations": 2},
+            online={"iterations": 4, "prompts_per_iteration": 40, "num_generations": 2},
             judge={"type": "self", "model": "reference"},
             # On a CPU vLLM applies adapters six times slower than the embedded engine does.
             rollout={"engine": "auto" if torch.cuda.is_available() else "hf"},
@@ -200,10 +207,10 @@ class Demo:
             top_p=0.9,
             max_completion_length=96,
             beta=0.1,
-            learning_rate=3e-4,
+            learning_rate=4e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_ratio=0.1,
-            global_batch_size=24,
+            global_batch_size=8,
             **LORA,
         )
         pairs = self.measure(

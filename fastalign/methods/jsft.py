@@ -14,21 +14,18 @@ from fastalign.templates import Renderer
 
 class Jsft(BaseMethod):
     """One model learns to answer and to judge: a preference pair makes a demonstration of its
-    chosen answer and one judgment in each order, whose single target is the decision token."""
+    chosen answer and one judgment in each order, whose single target is the decision token; a
+    dataset of prompts and completions adds demonstrations alone."""
 
-    wants = "preference"
+    wants = ("preference", "completion")
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        if record.completion is not None:
+            return [self.demonstration(record, record.completion, renderer)]
         assert record.chosen is not None and record.rejected is not None
         examples = []
         if self.config.jsft.demonstrations:
-            prompt_ids, completion_ids = renderer.completion(
-                record.prompt, record.chosen, tools=record.tools, source=record.source
-            )
-            demonstration = Stream.of(
-                "demonstration", prompt_ids, self.fit(prompt_ids, completion_ids)
-            )
-            examples.append(Example((demonstration,), record.weight, record.source))
+            examples.append(self.demonstration(record, record.chosen, renderer))
         judge = self.config.judge
         principles = (judge.principles if judge is not None else ()) or (None,)
         slots = renderer.decision_ids(judge.decision_tokens) if judge else renderer.decision_ids()
@@ -48,6 +45,13 @@ class Jsft(BaseMethod):
                     )
                 )
         return examples
+
+    def demonstration(self, record: Record, answer: str, renderer: Renderer) -> Example:
+        prompt_ids, completion_ids = renderer.completion(
+            record.prompt, answer, tools=record.tools, source=record.source
+        )
+        stream = Stream.of("demonstration", prompt_ids, self.fit(prompt_ids, completion_ids))
+        return Example((stream,), record.weight, record.source)
 
     def loss(
         self,
