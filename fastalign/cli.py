@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     demo = commands.add_parser("demo", help="run the main job on this machine, start to finish")
-    demo.add_argument("--output-dir", default="demo-output")
+    demo.add_argument("--output-dir", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
 
     arguments, passed_on = parser.parse_known_args(argv)

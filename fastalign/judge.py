@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -145,6 +145,24 @@ def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
         first_slot=float(first.mean()),
         mass=float(probabilities.sum(-1).mean()),
     )
+
+
+@overload
+def make_judge(
+    config: JudgeConfig,
+    kind: Literal["written"],
+    renderer: Renderer,
+    next_logprobs: NextLogprobs | None,
+) -> WrittenJudge: ...
+
+
+@overload
+def make_judge(
+    config: JudgeConfig,
+    kind: Literal["pairwise"],
+    renderer: Renderer,
+    next_logprobs: NextLogprobs | None,
+) -> PairwiseJudge: ...
 
 
 def make_judge(

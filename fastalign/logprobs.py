@@ -37,6 +37,8 @@ class Policy(nn.Module):
     ZeRO-3 gathers the head's weight like any other.
     """
 
+    model: Any  # a transformers model, or PEFT's wrapper around one
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -159,15 +161,15 @@ def packed_attention(
         return out[None], None
     parts = []
     for a, b in itertools.pairwise(bounds):
-        windowed = sliding_window is not None and b - a > sliding_window
+        window = sliding_window if sliding_window and b - a > sliding_window else None
         parts.append(
             nn.functional.scaled_dot_product_attention(
                 query[:, :, a:b],
                 key[:, :, a:b],
                 value[:, :, a:b],
-                attn_mask=_window_mask(b - a, sliding_window, query.device) if windowed else None,
+                attn_mask=_window_mask(b - a, window, query.device) if window else None,
                 dropout_p=dropout,
-                is_causal=not windowed,
+                is_causal=window is None,
                 scale=scaling,
                 enable_gqa=key.shape[1] != query.shape[1],
             )
@@ -175,7 +177,7 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
     t = torch.arange(length, device=device)
     distance = t[:, None] - t[None, :]
     return (distance >= 0) & (distance < window)

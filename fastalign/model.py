@@ -99,7 +99,8 @@ class TrainedModel:
     @property
     def reference_policy(self) -> Policy:
         """The second set of weights, out of its DeepSpeed engine."""
-        return getattr(self.reference_engine, "module", self.reference_engine)
+        policy: Any = getattr(self.reference_engine, "module", self.reference_engine)
+        return policy
 
     @property
     def reference_adapter_name(self) -> str | None:
@@ -253,7 +254,7 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
     dtype = resolve_dtype(config, device)
     settings = deepspeed_settings(config, stage, dtype)
 
-    model = _load_causal_lm(config, dtype, device, settings if stage == 3 else None)
+    model: Any = _load_causal_lm(config, dtype, device, settings if stage == 3 else None)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.use_peft:

@@ -86,7 +86,7 @@ def collect(
     mine = [
         (index, prompts[index]) for index in range(first + run.rank, first + size, run.world_size)
     ]
-    timings = {}
+    timings: dict[str, float] = {}
     with _timed(timings, "time/rollout"):
         run.tracker.phase("rollout")
         wake(run)
@@ -172,16 +172,15 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
     judged: list[Episode] = []
     for dataset, renderer in enumerate(run.renderers):
         part = [e for e in episodes if e.dataset == dataset]
-        who = judge.make_judge(
-            run.config.judge,
-            run.method.judge_kind,
-            renderer,
-            next_logprobs(run, run.config.judge),
-        )
+        parts = (renderer, next_logprobs(run, run.config.judge))
         if run.method.judge_kind == "written":
-            judged += judge.judge_written(who, part)
+            judged += judge.judge_written(
+                judge.make_judge(run.config.judge, "written", *parts), part
+            )
         else:
-            judged += judge.judge_pairs(who, part)
+            judged += judge.judge_pairs(
+                judge.make_judge(run.config.judge, "pairwise", *parts), part
+            )
     return judged
 
 

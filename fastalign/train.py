@@ -24,7 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from fastalign import checkpoint, model_card
 from fastalign.batch import make_batch, plan_batches
 from fastalign.config import Config, ConfigError, dump_config
-from fastalign.data import Drops, Example, Record, RowError, Stream, load_records, split_records
+from fastalign.data import (
+    Drops,
+    Example,
+    Kind,
+    Record,
+    RowError,
+    Stream,
+    load_records,
+    split_records,
+)
 from fastalign.evaluate import Evaluator
 from fastalign.judge import load_rule
 from fastalign.logprobs import check_logprobs, check_packing, probe_batch
@@ -86,7 +95,8 @@ def train(config: Config) -> dict[str, float]:
         model = build_model(config, device=device, needs_reference=_needs_reference(config, method))
         run = Run(config, method, tokenizer, model, engine, renderers, tracker, rank, world_size)
         check_start(run)
-        position, pending = checkpoint.Position(), []
+        pending: list[Example] = []
+        position = checkpoint.Position()
         if found is not None:
             position, pending = checkpoint.load_checkpoint(model, config, found)
             tracker.say(f"resumed from {found} at step {position.step}")
@@ -130,7 +140,7 @@ class Rounds:
 
 def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record], list[str]]:
     """Training and held-out records, and what to tell of them."""
-    wants = "prompt" if config.online else method.wants
+    wants: Kind | tuple[Kind, ...] = "prompt" if config.online else method.wants
     records, report = load_records(
         config.datasets, strict=config.strict, seed=config.seed, want=wants
     )
@@ -399,7 +409,7 @@ def run_rounds(
         for batch_index, batch in batches(config, examples, position):
             if position.step >= rounds.total_steps:
                 break
-            scheduled = position.step
+            scheduled = float(position.step)
             if config.online is not None:
                 # Rounds may hold fewer examples than planned; the schedule follows the rounds.
                 share = batch_index / _batches_in(config, examples)

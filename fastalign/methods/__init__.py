@@ -6,6 +6,8 @@ else about it.  ``file.py:Class`` in a recipe names one from outside the package
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastalign.config import Config, ConfigError
 from fastalign.methods.base import Method, Metrics
 from fastalign.methods.cut import Cut
@@ -16,7 +18,13 @@ from fastalign.plugins import load_object
 
 __all__ = ["METHODS", "Method", "Metrics", "make_method"]
 
-METHODS = {"sft": Sft, "unlikelihood": Unlikelihood, "cut": Cut, "jsft": Jsft, "dpo": Dpo}
+METHODS: dict[str, Callable[[Config], Method]] = {
+    "sft": Sft,
+    "unlikelihood": Unlikelihood,
+    "cut": Cut,
+    "jsft": Jsft,
+    "dpo": Dpo,
+}
 
 
 def make_method(config: Config) -> Method:

@@ -10,9 +10,11 @@ import torch
 
 from fastalign.batch import Batch
 from fastalign.config import Config, ConfigError
-from fastalign.data import Example, Record
+from fastalign.data import Example, Kind, Record
 from fastalign.episodes import Episode
 from fastalign.templates import Renderer, fit
+
+JudgeKind = Literal["written", "pairwise"]
 
 # Name -> [sum, count], summed over packs and ranks before it is divided: every rank returns the
 # same names, and no metric depends on how a batch was cut.
@@ -32,11 +34,14 @@ class Method(Protocol):
         needs_reference: whether the loss compares with the frozen start of the run.
     """
 
-    wants: str | tuple[str, ...]
-    judge_kind: Literal["written", "pairwise"] | None
-    needs_reference: bool
+    @property
+    def wants(self) -> Kind | tuple[Kind, ...]: ...
 
-    def __init__(self, config: Config) -> None: ...
+    @property
+    def judge_kind(self) -> JudgeKind | None: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         """Streams of one row of a dataset; raises :class:`Dropped`."""
@@ -69,8 +74,8 @@ class Method(Protocol):
 class BaseMethod:
     """Shared parts; not a framework, only what every method would repeat."""
 
-    wants: str | tuple[str, ...] = "completion"
-    judge_kind: Literal["written", "pairwise"] | None = None
+    wants: Kind | tuple[Kind, ...] = "completion"
+    judge_kind: JudgeKind | None = None
     needs_reference = False
 
     def __init__(self, config: Config) -> None:

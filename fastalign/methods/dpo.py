@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -64,7 +66,7 @@ class Dpo(BaseMethod):
             source=source,
         )
 
-    def denominator(self, examples: list[Example]) -> float:
+    def denominator(self, examples: Sequence[Example]) -> float:
         # The loss of a pair is a number of its own, whatever its length.
         return float(len(examples))
 

@@ -6,17 +6,17 @@ import torch
 
 from fastalign import losses
 from fastalign.batch import Batch
-from fastalign.data import Example, Record, Stream
+from fastalign.data import Example, Kind, Record, Stream
 from fastalign.episodes import Episode
-from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
+from fastalign.methods.base import BaseMethod, Dropped, JudgeKind, Metrics, total
 from fastalign.templates import Renderer, fit_stream
 
 
 class Sft(BaseMethod):
     """-mean log p of the answer.  Online it keeps the rollouts that a judge finds fine."""
 
-    wants = ("completion", "messages")
-    judge_kind = "written"
+    wants: Kind | tuple[Kind, ...] = ("completion", "messages")
+    judge_kind: JudgeKind | None = "written"
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         if record.kind == "messages":
