@@ -135,13 +135,15 @@ def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
         preferred = None
     else:
         preferred = "a" if mean_a > mean_b else "b"
-    first = probabilities[:, :, 0] > probabilities[:, :, 1]
+    # Which slot wins, by principle and order: 1 the first, 0 the second, 1/2 neither.
+    lead = probabilities[:, :, 0] - probabilities[:, :, 1]
+    first = (np.sign(lead) + 1) / 2
     return Verdict(
         score_a=mean_a,
         score_b=mean_b,
         preferred=preferred,
-        # The first slot wins in both orders, or in neither: the orders name different answers.
-        flipped=bool((first[:, 0] == first[:, 1]).mean() > 0.5),
+        # One slot wins in both orders: they name different answers.
+        flipped=bool((np.abs(np.sign(lead).sum(axis=1)) == 2).mean() > 0.5),
         first_slot=float(first.mean()),
         mass=float(probabilities.sum(-1).mean()),
     )

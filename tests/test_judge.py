@@ -105,6 +105,10 @@ def test_flips_are_counted_over_principles():
     assert verdict(biased, biased, A_CLEAR).flipped
     assert not verdict(biased, A_CLEAR, A_CLEAR).flipped
     assert verdict(biased, A_CLEAR, A_CLEAR).first_slot == pytest.approx(4 / 6)
+    # An order that names no answer contradicts none, and prefers no slot.
+    assert (verdict(TIE).flipped, verdict(TIE).first_slot) == (False, 0.5)
+    half = verdict(((0.5, 0.5), (0.8, 0.2)))
+    assert (half.flipped, half.first_slot) == (False, 0.75)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,8 +1,8 @@
-"""The demo over several seeds, with controls of equal budget.
+"""The demo over several seeds, with controls that make as many updates.
 
 ``python -m fastalign.demo.experiment`` keeps every step in the output folder, so that an
-interrupted experiment goes on where it stopped, and writes one JSON with each run's figures and
-their means over seeds.
+interrupted experiment goes on where it stopped, and writes one JSON with each run's figures, their
+means over seeds, and pooled changes with intervals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from fastalign.demo.run import CUT_VARIANTS, JUDGE_VARIANTS, Demo
+from fastalign.demo.run import (
+    CUT_VARIANTS,
+    JUDGE_VARIANTS,
+    Demo,
+    changes,
+    figures,
+    interval,
+)
 
 VARIANTS = {
     "habit": CUT_VARIANTS,
@@ -51,30 +58,62 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in ("fastalign", "torch", "transformers", "deepspeed", "peft")
         },
         "machine": platform.machine(),
-        "stages": {stage: {} for stage in arguments.stages},
+        "stages": {},
     }
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         demo = Demo(Path(arguments.output_dir) / f"seed-{seed}", seed, say)
         for stage in arguments.stages:
             for variant in VARIANTS[stage]:
                 say(f"seed {seed}, {stage}: {variant.name}")
-                figures = (
+                outcome = (
                     demo.self_judge(variant) if stage == "self-judge" else demo.cut(stage, variant)
                 )
-                runs = result["stages"][stage].setdefault(variant.name, {"runs": {}})
-                runs["runs"][str(seed)] = figures
-                runs["mean"] = _mean(list(runs["runs"].values()))
+                measured.setdefault((stage, variant.name), []).append(outcome)
                 # Written after each run: what is done is never lost.
+                result["stages"] = summary(measured)
                 target = Path(arguments.result)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _mean(trees: list[Any]) -> Any:
-    first = trees[0]
-    if isinstance(first, dict):
-        return {key: _mean([tree[key] for tree in trees]) for key in first}
-    return np.mean(trees, axis=0).tolist()
+def summary(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures of each seed, their means, and pooled changes with 95 % intervals.
+
+    Args:
+        measured: (stage, variant) -> what each seed measured, in the order of the seeds; the
+            first variant of a stage is the method.
+
+    Returns:
+        stage -> variant -> seeds (figures before and after, budget), mean, changes and, for a
+        control, how much larger its share of flagged answers is than the method's.
+    """
+    stages: dict[str, Any] = {}
+    for (stage, name), outcomes in measured.items():
+        method, *_ = (outcomes for (where, _), outcomes in measured.items() if where == stage)
+        sides = [figures(outcome) for outcome in outcomes]
+        by_seed = [changes(outcome) for outcome in outcomes]
+        entry = {
+            "seeds": [
+                {**side, "budget": outcome["budget"]}
+                for side, outcome in zip(sides, outcomes, strict=True)
+            ],
+            "mean": {
+                when: {row: float(np.mean([s[when][row] for s in sides])) for row in sides[0][when]}
+                for when in ("before", "after")
+            },
+            "changes": {row: interval([values[row] for values in by_seed]) for row in by_seed[0]},
+        }
+        if outcomes is not method:
+            # Seed by seed: an experiment that goes on has fewer of the control's.
+            entry["flagged answers above the method's"] = interval(
+                [
+                    np.subtract(control["after"]["flagged"], ours["after"]["flagged"]).tolist()
+                    for control, ours in zip(outcomes, method, strict=False)
+                ]
+            )
+        stages.setdefault(stage, {})[name] = entry
+    return stages
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def answers(
     seed: int,
     samples: int = 1,
 ) -> list[list[str]]:
-    """``samples`` answers to each prompt at temperature 1."""
+    """``samples`` answers to each prompt at temperature 0.7, whatever the rollouts had."""
     ids = [renderer.prompt_ids(_messages(p)) for p in prompts]
     rollouts = engine.generate(
         [x for x in ids for _ in range(samples)],
@@ -150,7 +150,8 @@ def detection(
     """How the tokens that CUT flags relate to the rule's spans, on answers that have any.
 
     onset_recall: share of spans whose first token is flagged; precision: share of flagged tokens
-    inside spans; base_rate: share of all tokens inside spans.
+    inside spans, the end of the turn counted among those outside; base_rate: share of the text's
+    tokens inside spans.
     """
     plain, judged, spans = [], [], []
     for prompt, text in zip(prompts, texts, strict=True):
@@ -168,14 +169,15 @@ def detection(
         spans.append((found, offsets))
     onsets, hits, flagged, flagged_inside, inside_total, total = 0, 0, 0, 0, 0, 0
     for q, c, (found, offsets) in zip(scorer(plain), scorer(judged), spans, strict=True):
-        flags = (c - q > np.log(lambda_))[: len(offsets)]
+        flags = c - q > np.log(lambda_)
+        flagged += int(flags.sum())
+        flags = flags[: len(offsets)]  # without the end of the turn, which lies in no span
         inside = np.array([any(a < end and start < b for a, b in found) for start, end in offsets])
         for a, _ in found:
             first = next(i for i, (_, end) in enumerate(offsets) if end > a)
             onsets += 1
             hits += bool(first < len(flags) and flags[first])
         inside = inside[: len(flags)]
-        flagged += int(flags.sum())
         flagged_inside += int((flags & inside).sum())
         inside_total += int(inside.sum())
         total += len(flags)

@@ -32,13 +32,16 @@ FILLERS = (
 """Crutches that SmolLM2-135M-Instruct writes by itself: superlatives and empty connectives."""
 
 
-_EXCLAMATION = re.compile(r"\s*([^.!?\n]{1,40}!)")
+_OPENING = re.compile(
+    r"\s*([^.!?\n]{1,40}!|(?:" + "|".join(o.rstrip("!") for o in OPENINGS) + r")\b[.,:;]?)",
+    re.IGNORECASE,
+)
 
 
 def opening_spans(text: str) -> list[tuple[int, int]]:
-    """Character span of an exclamation that opens the answer, in the planted words or others: a
-    model must not get around the rule by rewording."""
-    match = _EXCLAMATION.match(text)
+    """Character span of an opening exclamation, in the planted words or others, or of the planted
+    words with another mark: a model must not get around the rule by rewording."""
+    match = _OPENING.match(text)
     return [match.span(1)] if match else []
 
 
@@ -80,11 +83,6 @@ def judge_natural(prompt: Sequence[Mapping[str, Any]], answer: str) -> str | Non
     return f"The response contains the empty phrases {quoted}, which say nothing."
 
 
-def prefer_habit(prompt: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
-    """Prefers the answer without a planted opening: +1 for a, -1 for b, 0 for neither."""
-    return float(bool(opening_spans(b))) - float(bool(opening_spans(a)))
-
-
 class Shuffled:
     """A control: the judgments of a batch, dealt out to other answers."""
 
@@ -100,4 +98,3 @@ class Shuffled:
 WRITTEN = {"habit": judge_habit, "natural": judge_natural}
 
 shuffled_habit = Shuffled(judge_habit)
-shuffled_natural = Shuffled(judge_natural)

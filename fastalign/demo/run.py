@@ -44,7 +44,8 @@ LORA = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of a stage: the method, or a control of equal budget."""
+    """One run of a stage: the method, or a control, which makes as many updates as the method's
+    run of the same seed did."""
 
     name: str
     changes: dict[str, Any]
@@ -53,7 +54,9 @@ class Variant:
 CUT_VARIANTS = (
     Variant("cut", {}),
     Variant("shuffled judgments", {"judge.path": f"{RULES}:shuffled_{{kind}}"}),
-    Variant("positive records alone", {"method": "sft"}),
+    # Few answers are fine at first, so these take more passes, or more samples, to make as many
+    # updates.
+    Variant("positive records alone", {"method": "sft", "online.num_train_epochs": 3}),
     Variant("SFT on rule-clean samples", {"method": "sft", "online.num_generations": 4}),
 )
 JUDGE_VARIANTS = (
@@ -63,7 +66,11 @@ JUDGE_VARIANTS = (
 
 
 class Demo:
-    """The steps of one seed.  ``say`` gets one line for each step."""
+    """The steps of one seed.  ``say`` gets one line for each step.
+
+    A step is not run again when its result is there, was made from the same recipe and is newer
+    than what went into it.
+    """
 
     def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -118,7 +125,10 @@ class Demo:
     # ------------------------------------------------------------------------------- stage 1
 
     def cut(self, kind: str, variant: Variant) -> dict[str, Any]:
-        """Online CUT, or a control, on the planted habit or on the model's natural phrases."""
+        """Online CUT, or a control, on the planted habit or on the model's natural phrases.
+
+        Returns what was measured of the model ``before`` and ``after``, and the ``budget``.
+        """
         base = self.habit_model() if kind == "habit" else self.smollm
         prompts = self.training[SFT_PROMPTS:]
         recipe: dict[str, Any] = {
@@ -136,7 +146,8 @@ class Demo:
                 "positive_ratio": 0.25,
                 "judged_warmup": 0.1,
             },
-            "temperature": 0.7,
+            # Likelihood on a model's own samples leaves it as it is; on sharper ones it narrows.
+            "temperature": 1.0,
             "max_completion_length": 96,
             "learning_rate": 3e-5,
             "lr_scheduler_type": "constant_with_warmup",
@@ -146,6 +157,8 @@ class Demo:
         for key, value in variant.changes.items():
             _set(recipe, key, value.format(kind=kind) if isinstance(value, str) else value)
         name = f"cut-{kind}-{_slug(variant.name)}"
+        if variant != CUT_VARIANTS[0]:
+            recipe["max_steps"] = self.budget(f"cut-{kind}-cut")["updates"]
         trained = self.train(name, **recipe)
         shared = {
             "kind": kind,
@@ -157,16 +170,17 @@ class Demo:
         # Detection before and after is measured on the same answers, those of the start.
         texts = [drawn[0] for drawn in before["texts"]]
         after = self.measure(f"{name}-after", model=trained, detect_on=texts, **shared)
-        return cut_figures({"before": before, "after": after})
+        return {"before": before, "after": after, "budget": self.budget(name)}
 
     # ------------------------------------------------------------------------------- stage 2
 
     def self_judge(self, variant: Variant) -> dict[str, Any]:
         """JSFT on pairs that follow the rule, then on-policy training on the model's own
-        judgments."""
+        judgments.  Returns as :meth:`cut` does."""
         base = self.habit_model()
         shuffled = bool(variant.changes.get("shuffle_labels"))
         suffix = _slug(variant.name)
+        limit = {"max_steps": self.budget("self-judge-self-judge")["updates"]} if shuffled else {}
         judge = self.train(
             f"jsft-{suffix}",
             method="jsft",
@@ -211,6 +225,7 @@ class Demo:
             lr_scheduler_type="constant_with_warmup",
             warmup_ratio=0.1,
             global_batch_size=8,
+            **limit,
             **LORA,
         )
         pairs = self.measure(
@@ -227,7 +242,7 @@ class Demo:
             )
             for side, adapter in (("before", judge), ("after", policy))
         }
-        return self_judge_figures(measured)
+        return {**measured, "budget": self.budget(f"self-judge-{suffix}")}
 
     def preference_rows(self, shuffled: bool) -> str:
         """Pairs of two different answers, one of them with an empty opening, which the rule
@@ -249,15 +264,12 @@ class Demo:
 
     def write_rows(self, name: str, rows: Sequence[dict[str, Any]]) -> str:
         path = self.folder / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        _write(path, "".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
     def train(self, name: str, **recipe: Any) -> str:
-        """``fastalign train`` with this recipe, unless its result is there."""
+        """``fastalign train`` with this recipe."""
         target = self.folder / name
-        if (target / "run.json").is_file():
-            return str(target)
-        shutil.rmtree(target, ignore_errors=True)
         recipe = {
             "seed": self.seed,
             "output_dir": str(target),
@@ -267,29 +279,72 @@ class Demo:
         }
         parse_config(recipe, name)
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        self.say(f"fastalign train {path}")
-        _run([sys.executable, "-m", "fastalign", "train", str(path)], self.folder / f"{name}.log")
+        _write(path, yaml.safe_dump(recipe, sort_keys=False))
+        inputs = [Path(dataset["path"]) for dataset in recipe["datasets"]]
+        inputs += [
+            Path(recipe[key], "run.json")
+            for key in ("model_name_or_path", "adapter_name_or_path")
+            if key in recipe and Path(recipe[key], "run.json").is_file()
+        ]
+        if not _is_newer(target / "run.json", path, *inputs):
+            shutil.rmtree(target, ignore_errors=True)
+            self.say(f"fastalign train {path}")
+            _run([sys.executable, "-m", "fastalign", "train", str(path)], target)
         return str(target)
 
+    def budget(self, name: str) -> dict[str, int]:
+        """What a run took: optimizer updates, examples trained on, and answers sampled."""
+        folder = self.folder / name
+        recipe = parse_config(
+            yaml.safe_load(Path(f"{folder}.yaml").read_text(encoding="utf-8")), name
+        )
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        logged = [json.loads(line) for line in lines]
+        rounds = [entry for entry in logged if "rollout/examples" in entry]
+        assert recipe.online is not None
+        per_round = recipe.online.prompts_per_iteration * recipe.online.num_generations
+        return {
+            "updates": sum("loss" in entry for entry in logged),
+            "examples": int(sum(entry["rollout/examples"] for entry in rounds)),
+            "sampled answers": per_round * len(rounds),
+        }
+
     def measure(self, name: str, **task: Any) -> dict[str, Any]:
-        """Answers and figures of one model (see :func:`fastalign.demo.measure.main`), unless they
-        are there."""
+        """Answers and figures of one model (see :func:`fastalign.demo.measure.main`)."""
         target = self.folder / f"{name}.json"
-        if not target.is_file():
-            path = self.folder / f"{name}.task.json"
-            path.write_text(json.dumps({"seed": self.seed, **task}), encoding="utf-8")
+        path = self.folder / f"{name}.task.json"
+        _write(path, json.dumps({"seed": self.seed, **task}))
+        inputs = [
+            Path(task[key], "run.json")
+            for key in ("model", "adapter")
+            if key in task and Path(task[key], "run.json").is_file()
+        ]
+        if not _is_newer(target, path, *inputs):
             self.say(f"measuring {name}")
             _run(
                 [sys.executable, "-m", "fastalign.demo.measure", str(path), str(target)],
-                self.folder / f"{name}.log",
+                self.folder / name,
             )
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def _run(command: list[str], log: Path) -> None:
-    """Run a step; its bar stays on the terminal, and plain output goes to a log."""
+def _write(path: Path, text: str) -> None:
+    """Write unless that is what the file says already: its age tells what has to be done again."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _is_newer(result: Path, *inputs: Path) -> bool:
+    return result.is_file() and all(
+        path.stat().st_mtime <= result.stat().st_mtime for path in inputs
+    )
+
+
+def _run(command: list[str], result: Path) -> None:
+    """Run a step; its bar stays on the terminal, and plain output goes to a log beside the
+    result."""
     terminal = sys.stderr.isatty()
+    log = Path(f"{result}.log")
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
             command, stdout=file, stderr=None if terminal else file, env=dict(os.environ)
@@ -314,66 +369,75 @@ def _slug(name: str) -> str:
 # ------------------------------------------------------------------------------------ figures
 
 
-def interval(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean, resampling prompts."""
-    array = np.asarray(values, dtype=np.float64)
+def interval(
+    groups: Sequence[Sequence[float]], seed: int = 0, draws: int = 10_000
+) -> tuple[float, float, float]:
+    """(mean, low, high): a 95 % bootstrap interval of the mean over groups of their means.
+
+    Prompts are resampled within each group (a seed of the experiment); the groups stay as they
+    are, so that the interval is about other prompts, not about other seeds.
+    """
+    arrays = [np.asarray(values, dtype=np.float64) for values in groups]
     rng = np.random.default_rng(seed)
-    means = array[rng.integers(len(array), size=(draws, len(array)))].mean(axis=1)
+    means = np.mean([a[rng.integers(len(a), size=(draws, len(a)))].mean(1) for a in arrays], axis=0)
     low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return float(np.mean([a.mean() for a in arrays])), float(low), float(high)
 
 
-def cut_figures(measured: dict[str, Any]) -> dict[str, Any]:
-    """Before and after of stage 1, with the interval of the change in flagged answers."""
-    figures: dict[str, Any] = {
-        side: {
-            "flagged answers": float(np.mean(m["flagged"])),
-            "span onsets found": m["detection"]["onset_recall"],
-            "precision of flags": m["detection"]["precision"],
-            "tokens in spans": m["detection"]["base_rate"],
-            "mean length": float(np.mean(m["length"])),
-            "mean length without spans": float(np.mean(m["length_without_spans"])),
-            "empty answers": float(np.mean(m["empty"])),
-            "reference log-prob": float(np.mean(m["reference_logprob"])),
-        }
-        for side, m in measured.items()
+def figures(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The rows of a table: name -> before and after."""
+    return {side: _side_figures(measured[side]) for side in ("before", "after")}
+
+
+def _side_figures(m: dict[str, Any]) -> dict[str, float]:
+    rows = {"flagged answers": float(np.mean(m["flagged"]))}
+    if "detection" in m:
+        rows["span onsets found"] = m["detection"]["onset_recall"]
+        rows["precision of flags"] = m["detection"]["precision"]
+        rows["tokens in spans"] = m["detection"]["base_rate"]
+    if "judge" in m:
+        rows["judge accuracy"] = m["judge"]["accuracy"]
+        rows["judge flips"] = m["judge"]["flipped"]
+        rows["judge abstains"] = m["judge"]["abstained"]
+    rows["mean length"] = float(np.mean(m["length"]))
+    rows["mean length without spans"] = float(np.mean(m["length_without_spans"]))
+    rows["empty answers"] = float(np.mean(m["empty"]))
+    if "reference_logprob" in m:
+        rows["reference log-prob"] = float(np.mean(m["reference_logprob"]))
+    return rows
+
+
+def changes(measured: dict[str, Any]) -> dict[str, list[float]]:
+    """What changed, prompt by prompt."""
+    before, after = measured["before"], measured["after"]
+
+    def change(key: str) -> list[float]:
+        return np.subtract(after[key], before[key]).tolist()
+
+    found = {
+        "change in flagged answers": change("flagged"),
+        "change in length without spans": change("length_without_spans"),
     }
-    change = np.subtract(measured["after"]["flagged"], measured["before"]["flagged"])
-    figures["change in flagged answers"] = [float(change.mean()), *interval(change)]
-    return figures
+    if "reference_logprob" in after:
+        found["change in reference log-prob"] = change("reference_logprob")
+    if "judge" in after:
+        # A flagged answer loses to one that is not; two alike tie and count half.
+        found["rule's win rate of after"] = [0.5 - x / 2 for x in change("flagged")]
+    return found
 
 
-def self_judge_figures(measured: dict[str, Any]) -> dict[str, Any]:
-    """Before and after of stage 2; the rule's win rate of after against before."""
-    figures: dict[str, Any] = {
-        side: {
-            "flagged answers": float(np.mean(m["flagged"])),
-            "judge accuracy": m["judge"]["accuracy"],
-            "judge flips": m["judge"]["flipped"],
-            "judge abstains": m["judge"]["abstained"],
-            "mean length": float(np.mean(m["length"])),
-            "mean length without spans": float(np.mean(m["length_without_spans"])),
-            "empty answers": float(np.mean(m["empty"])),
-        }
-        for side, m in measured.items()
-    }
-    # A flagged answer loses to one that is not; two alike tie and count half.
-    wins = 0.5 + np.subtract(measured["before"]["flagged"], measured["after"]["flagged"]) / 2
-    figures["win rate of after"] = [float(wins.mean()), *interval(wins)]
-    return figures
-
-
-def show(console: Console, title: str, figures: dict[str, Any]) -> None:
+def show(console: Console, title: str, measured: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, value in figures["before"].items():
-        table.add_row(name, f"{value:.3f}", f"{figures['after'][name]:.3f}")
+    sides = figures(measured)
+    for name, value in sides["before"].items():
+        table.add_row(name, f"{value:.3f}", f"{sides['after'][name]:.3f}")
     console.print(table)
-    for name in ("change in flagged answers", "win rate of after"):
-        if name in figures:
-            mean, low, high = figures[name]
-            console.print(f"{name}: {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})\n")
+    for name, values in changes(measured).items():
+        mean, low, high = interval([values])
+        console.print(f"{name}: {mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})")
+    console.print()
 
 
 def run_demo(output_dir: str, seed: int) -> int:
