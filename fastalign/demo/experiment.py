@@ -8,9 +8,7 @@ means over seeds, and pooled changes with intervals.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import shlex
 import sys
 import time
@@ -52,29 +50,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "fastalign.demo.experiment", *sys.argv[1:]]),
-        "seeds": arguments.seeds,
-        "libraries": {
-            name: importlib.metadata.version(name)
-            for name in ("fastalign", "torch", "transformers", "deepspeed", "peft")
-        },
-        "machine": platform.machine(),
         "stages": {},
     }
+    runs = [
+        (seed, stage, variant)
+        for seed in arguments.seeds
+        for stage in arguments.stages
+        for variant in VARIANTS[stage]
+    ]
+    # What the demo shows comes first, over all seeds: an experiment that is cut short says most.
+    runs.sort(key=lambda run: run[1] == "natural" or run[2] != VARIANTS[run[1]][0])
+    demos = {
+        seed: Demo(Path(arguments.output_dir) / f"seed-{seed}", seed, say)
+        for seed in arguments.seeds
+    }
     measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for seed in arguments.seeds:
-        demo = Demo(Path(arguments.output_dir) / f"seed-{seed}", seed, say)
-        for stage in arguments.stages:
-            for variant in VARIANTS[stage]:
-                say(f"seed {seed}, {stage}: {variant.name}")
-                outcome = (
-                    demo.self_judge(variant) if stage == "self-judge" else demo.cut(stage, variant)
-                )
-                measured.setdefault((stage, variant.name), []).append(outcome)
-                # Written after each run: what is done is never lost.
-                result["stages"] = summary(measured)
-                target = Path(arguments.result)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for seed, stage, variant in runs:
+        say(f"seed {seed}, {stage}: {variant.name}")
+        demo = demos[seed]
+        outcome = demo.self_judge(variant) if stage == "self-judge" else demo.cut(stage, variant)
+        measured.setdefault((stage, variant.name), []).append(outcome)
+        result["made by"] = outcome["made by"]
+        # Written after each run: what is done is never lost.
+        result["stages"] = summary(measured)
+        target = Path(arguments.result)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def summary(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def summary(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, 
         by_seed = [changes(outcome) for outcome in outcomes]
         entry = {
             "seeds": [
-                {**side, "budget": outcome["budget"]}
+                {"seed": outcome["seed"], **side, "budget": outcome["budget"]}
                 for side, outcome in zip(sides, outcomes, strict=True)
             ],
             "mean": {

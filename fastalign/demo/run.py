@@ -127,7 +127,7 @@ class Demo:
     def cut(self, kind: str, variant: Variant) -> dict[str, Any]:
         """Online CUT, or a control, on the planted habit or on the model's natural phrases.
 
-        Returns what was measured of the model ``before`` and ``after``, and the ``budget``.
+        Returns what was measured of the model ``before`` and ``after``, and the run's facts.
         """
         base = self.habit_model() if kind == "habit" else self.smollm
         prompts = self.training[SFT_PROMPTS:]
@@ -170,7 +170,12 @@ class Demo:
         # Detection before and after is measured on the same answers, those of the start.
         texts = [drawn[0] for drawn in before["texts"]]
         after = self.measure(f"{name}-after", model=trained, detect_on=texts, **shared)
-        return {"before": before, "after": after, "budget": self.budget(name)}
+        return {
+            "seed": self.seed,
+            "before": before,
+            "after": after,
+            **self.facts(name),
+        }
 
     # ------------------------------------------------------------------------------- stage 2
 
@@ -242,7 +247,7 @@ class Demo:
             )
             for side, adapter in (("before", judge), ("after", policy))
         }
-        return {**measured, "budget": self.budget(f"self-judge-{suffix}")}
+        return {"seed": self.seed, **measured, **self.facts(f"self-judge-{suffix}")}
 
     def preference_rows(self, shuffled: bool) -> str:
         """Pairs of two different answers, one of them with an empty opening, which the rule
@@ -291,6 +296,12 @@ class Demo:
             self.say(f"fastalign train {path}")
             _run([sys.executable, "-m", "fastalign", "train", str(path)], target)
         return str(target)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a run took, and what it ran on."""
+        run = json.loads(Path(self.folder, name, "run.json").read_text(encoding="utf-8"))
+        made_by = {key: run[key] for key in ("fastalign", "commit", "libraries", "hardware")}
+        return {"budget": self.budget(name), "made by": made_by}
 
     def budget(self, name: str) -> dict[str, int]:
         """What a run took: optimizer updates, examples trained on, and answers sampled."""
