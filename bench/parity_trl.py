@@ -453,7 +453,7 @@ def environment(model: Path) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of this checkout, marked when files differ from it, results apart."""
-    git = ["git", "-C", str(RESULT.parent)]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

@@ -56,6 +56,8 @@ def save_checkpoint(
         if pending:
             save_examples(aside / "pending.npz", pending)
         (aside / "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
+        layout = {"processes": dist.get_world_size(), "zero_stage": model.zero_stage}
+        (aside / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
         (aside / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     dist.barrier()
     if rank == 0:
@@ -107,6 +109,14 @@ def load_checkpoint(
 
     saved = parse_config(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
     _check_same_run(saved, config, path)
+    layout = json.loads((path / "layout.json").read_text(encoding="utf-8"))
+    here = {"processes": dist.get_world_size(), "zero_stage": model.zero_stage}
+    if layout != here:
+        raise ConfigError(
+            f"resume_from_checkpoint: {path} was written by {layout['processes']} process(es) at "
+            f"ZeRO stage {layout['zero_stage']}, these are {here['processes']} at stage "
+            f"{here['zero_stage']}: set nproc_per_node and zero_stage as they were"
+        )
     loaded, _ = model.engine.load_checkpoint(
         str(path), tag="state", load_module_strict=not model.uses_adapter
     )
@@ -122,8 +132,8 @@ def load_checkpoint(
 # What may differ between a run and its continuation without changing what is computed.
 _FREE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
-    "eval_steps", "report_to", "early_stopping_patience", "metric_for_best_model",
-    "greater_is_better", "eval_judge", "declared_licenses", "nproc_per_node",
+    "eval_steps", "report_to", "early_stopping_patience", "eval_judge", "declared_licenses",
+    "nproc_per_node",
 }  # fmt: skip
 
 

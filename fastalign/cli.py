@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong recipe, data or command line.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -140,8 +141,20 @@ def resolve_processes(config: Config) -> int:
 def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[str]) -> int:
     """Start one process for each rank and wait; a rank's exit code becomes ours."""
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    known = {
+        name for action in torchrun.get_args_parser()._actions for name in action.option_strings
+    }
+    for option in options:
+        name = option.partition("=")[0]
+        if name.startswith("-") and name.replace("_", "-") not in known and name not in known:
+            near = difflib.get_close_matches(name, ["--resume", "--dry-run", *known], 1)
+            raise ConfigError(
+                f"{name}: neither an option of fastalign train nor one of torchrun"
+                + (f"; nearest is {near[0]}" if near else "")
+            )
     # torchrun sets one thread a process when nothing is said, which idles a CPU's cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     single_node = not any(option.startswith("--nnodes") for option in options)
@@ -162,6 +175,8 @@ def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[s
                 ]
             )
         )
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         return USAGE if USAGE in codes else FAILED

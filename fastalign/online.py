@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fastalign import judge
 from fastalign.batch import make_batch
-from fastalign.config import Config, ConfigError, JudgeConfig
+from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
 from fastalign.episodes import Episode, drift, sampling_seed
 from fastalign.model import POLICY, TrainedModel
@@ -105,7 +105,8 @@ def collect(
         text = "".join(e.to_json() + "\n" for e in episodes)
         (folder / f"{round_index:04d}.jsonl").write_text(text, encoding="utf-8")
     figures = {k: s / n for k, (s, n) in judge.judge_metrics(episodes).items()}
-    _check_decision_mass(config, figures)
+    assert config.judge is not None
+    check_decision_mass(config.judge, "judge", figures.get("judge/mass", 1.0))
     lengths = [len(r.token_ids) for e in episodes for r in e.rollouts]
     examples = [x for e in episodes for x in run.method.from_episode(e, run.renderers[e.dataset])]
     examples = run.method.select(examples, config.seed + round_index)
@@ -113,6 +114,16 @@ def collect(
         "rollout/mean_length": float(np.mean(lengths)),
         "rollout/truncated": float(
             np.mean([r.finish_reason == "length" for e in episodes for r in e.rollouts])
+        ),
+        # Behind a long prompt an answer may be cut before it is trained on.
+        "rollout/cut": float(
+            np.mean(
+                [
+                    len(e.prompt_ids) + len(r.token_ids) > config.max_length
+                    for e in episodes
+                    for r in e.rollouts
+                ]
+            )
         ),
         "rollout/examples": float(len(examples)),
         "rollout/logprob_gap_mean": gap_mean,
@@ -155,6 +166,7 @@ def make_episode(
         prompt_ids=prompt_ids,
         rollouts=rollouts,
         texts=tuple(renderer.decode(r.token_ids) for r in rollouts),
+        weight=record.weight,
     )
 
 
@@ -163,7 +175,7 @@ def sampling_settings(run: Run) -> SamplingSettings:
         max_new_tokens=run.config.max_completion_length,
         temperature=run.config.temperature,
         top_p=run.config.top_p,
-        stop_token_ids=tuple(sorted(run.renderers[0].eos_ids)),
+        stop_token_ids=tuple(sorted(set().union(*(r.eos_ids for r in run.renderers)))),
     )
 
 
@@ -172,7 +184,7 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
     judged: list[Episode] = []
     for dataset, renderer in enumerate(run.renderers):
         part = [e for e in episodes if e.dataset == dataset]
-        parts = (renderer, next_logprobs(run, run.config.judge))
+        parts = (renderer, next_logprobs(run, run.config.judge), judge_tokens(run))
         if run.method.judge_kind == "written":
             judged += judge.judge_written(
                 judge.make_judge(run.config.judge, "written", *parts), part
@@ -182,6 +194,12 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
                 judge.make_judge(run.config.judge, "pairwise", *parts), part
             )
     return judged
+
+
+def judge_tokens(run: Run) -> int:
+    """The longest prompt that a judging model can be asked; one token is its answer."""
+    assert run.engine is not None
+    return run.engine.max_model_len - 1
 
 
 def next_logprobs(run: Run, who: JudgeConfig) -> judge.NextLogprobs:
@@ -204,14 +222,12 @@ def next_logprobs(run: Run, who: JudgeConfig) -> judge.NextLogprobs:
     return by_engine
 
 
-def _check_decision_mass(config: Config, figures: dict[str, float]) -> None:
-    mass = figures.get("judge/mass", 1.0)
-    assert config.judge is not None
-    if config.judge.type == "self" and mass < config.judge.min_decision_mass:
+def check_decision_mass(who: JudgeConfig, key: str, mass: float) -> None:
+    """Refuse a self judge that does not answer with its decision tokens."""
+    if who.type == "self" and mass < who.min_decision_mass:
         raise ConfigError(
-            f"the judge puts P(A) + P(B) = {mass:.2f} on its decision tokens, less than "
-            f"judge.min_decision_mass = {config.judge.min_decision_mass}: train it with "
-            "method: jsft first"
+            f"the {key} puts P(A) + P(B) = {mass:.2f} on its decision tokens, less than "
+            f"{key}.min_decision_mass = {who.min_decision_mass}: train it with method: jsft first"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -40,11 +41,19 @@ def _load_file(file: str) -> Any:
     path = Path(file).resolve()
     if not path.is_file():
         raise FileNotFoundError(file)
-    name = f"fastalign_plugin_{path.stem}"
+    # Files of one name in several folders are several modules; each is run once, as importing
+    # does, so that a judge keeps its state and does not change under a run.
+    name = f"fastalign_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Registered first, as importing does: dataclasses and pickling look their module up.
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

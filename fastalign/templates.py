@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -556,7 +557,13 @@ def _transcript(messages: Messages) -> str:
     """The dialogue as text: a single user turn as it stands, else every turn with its role."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+    return "\n\n".join(f"{m['role'].capitalize()}: {_spoken(m)}" for m in messages)
+
+
+def _spoken(message: Mapping[str, Any]) -> str:
+    """What a turn says, and what it calls."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join(part for part in (message["content"], *calls) if part)
 
 
 def fit(prompt_ids: np.ndarray, completion_ids: np.ndarray, max_length: int) -> np.ndarray | str:

@@ -56,7 +56,9 @@ class Tracker:
             kept = []
             if step and self._path.is_file():
                 lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
+                # A line that a killed run did not finish has no end.
+                whole = [line for line in lines if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
             self._file = self._path.open("w", encoding="utf-8")
             self._file.writelines(kept)
         if self.active and sys.stderr.isatty():

@@ -98,7 +98,7 @@ def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[E
     device = init_distributed(timeout_s=300.0)
     method = make_method(config)
     tokenizer = load_tokenizer(config)
-    renderers = loop.make_renderers(config, tokenizer)
+    renderers = loop.make_renderers(config, tokenizer, config.judge)
     records, _, _ = loop.load_data(config, method)
     examples, _ = loop.make_examples(method, records, renderers, config)
     model = build_model(
@@ -120,7 +120,7 @@ def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[E
 def as_method(run: Run, config: Config) -> list[Example]:
     """Turn a started run over to another recipe on the same model; returns its examples."""
     run.config, run.method = config, make_method(config)
-    run.renderers = loop.make_renderers(config, run.tokenizer)
+    run.renderers = loop.make_renderers(config, run.tokenizer, config.judge)
     records, _, _ = loop.load_data(config, run.method)
     return loop.make_examples(run.method, records, run.renderers, config)[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,13 +20,13 @@ from fastalign.data import (
     Example,
     Record,
     Stream,
-    downsample_positives,
     load_records,
     noise_reason,
     split_records,
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+# A folder with CUT's published data and Anthropic's, where somebody has them.
+REAL = Path(os.environ.get("FASTALIGN_REAL_DATA", "real-data"))
 
 
 def user(text: str) -> dict:
@@ -680,7 +681,7 @@ def test_noise_is_filtered_and_counted_also_when_strict(tmp_path):
     ]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data to try on is not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the data to try on is not here")
 @pytest.mark.parametrize(
     ("name", "want", "rows", "fine", "negative", "dropped"),
     [
@@ -691,7 +692,7 @@ def test_noise_is_filtered_and_counted_also_when_strict(tmp_path):
     ],
 )
 def test_real_data(name, want, rows, fine, negative, dropped):
-    records, report = load(SHARED / name, want, strict=False)
+    records, report = load(REAL / name, want, strict=False)
     (source,) = report.sources
     assert source.rows == rows and len(records) == fine + negative == source.usable
     assert source.negative == negative
@@ -741,25 +742,6 @@ def judged(positive: int, negative: int) -> list[Record]:
         Record("judged", (user(str(i)),), "c", judgment="Bad." if i % 7 < 2 and i < 200 else None)
         for i in range(positive + negative)
     ]
-
-
-def test_downsample_positives():
-    records = judged(50, 20)  # i % 7 < 2 of 70: 20 negatives
-    kept = downsample_positives(records, 0.25, seed=3)
-    assert [r for r in kept if r.is_negative] == [r for r in records if r.is_negative]
-    assert sum(not r.is_negative for r in kept) == 5
-    assert kept == downsample_positives(records, 0.25, seed=3)
-    assert kept != downsample_positives(records, 0.25, seed=4)
-    order = [records.index(r) for r in kept]
-    assert order == sorted(order)
-    assert downsample_positives(records, 100, seed=3) == records
-    assert all(r.is_negative for r in downsample_positives(records, 0, seed=3))
-
-
-def test_downsample_needs_negatives():
-    records = [Record("judged", (user("p"),), "c")] * 3
-    with pytest.raises(ConfigError, match=r"cut\.positive_ratio = 0\.25: none of 3 records"):
-        downsample_positives(records, 0.25, seed=0)
 
 
 # --- splitting ---

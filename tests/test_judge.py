@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -129,7 +130,7 @@ def renderer(sharp_llama: Path, tmp_path: Path) -> Renderer:
 def test_self_judge_reads_both_orders_from_raw_logits(sharp_llama, renderer, principles):
     engine = HfEngine(sharp_llama, RolloutConfig(), dtype=torch.float32, max_model_len=512)
     config = JudgeConfig(type="self", principles=principles, tie_threshold=0.0)
-    who = make_judge(config, "pairwise", renderer, engine.next_logprobs)
+    who = make_judge(config, "pairwise", renderer, engine.next_logprobs, 1000)
     pairs = [Pair(USER, "is one", "two"), Pair(USER, "Paris", "is seven in one")]
     verdicts = who.compare(pairs)
 
@@ -156,12 +157,34 @@ def test_self_judge_reads_both_orders_from_raw_logits(sharp_llama, renderer, pri
 
 def test_equal_texts_abstain_whatever_the_model_says(renderer):
     scores = np.log([[0.6, 0.1], [0.2, 0.1], [0.6, 0.2], [0.2, 0.5]])
-    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, lambda prompts, ids: scores)
+    who = make_judge(
+        JudgeConfig(type="self"), "pairwise", renderer, lambda prompts, ids: scores, 1000
+    )
     same, other = who.compare([Pair(USER, "one", "one"), Pair(USER, "one", "two")])
     assert (same.preferred, same.score_a, same.score_b) == (None, 0.5, 0.5)
     # Their decision mass is real, and no pair of equal texts hides a judge that has none.
     assert same.mass == pytest.approx((0.7 + 0.3) / 2)
     assert other.preferred == "a"
+
+
+def test_a_pair_too_long_for_the_judge_is_not_asked_about(renderer):
+    asked = []
+
+    def next_logprobs(prompts, ids):
+        asked.extend(prompts)
+        return np.log(np.tile([[0.9, 0.05], [0.05, 0.9]], (len(prompts) // 2, 1)))
+
+    short, long = Pair(USER, "one", "two"), Pair(USER, "one", "two " * 40)
+    room = len(renderer.judge_prompt_ids(USER, "one", "two")) + 10
+    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, next_logprobs, room)
+    verdicts = who.compare([long, short, long])
+    assert [v.preferred for v in verdicts] == [None, "a", None]
+    assert [v.too_long for v in verdicts] == [True, False, True]
+    assert len(asked) == 2 and max(map(len, asked)) <= room
+    # What was not asked says nothing about the judge.
+    metrics = judge_metrics([replace(episode("a", "b"), verdicts=(v,)) for v in verdicts])
+    assert metrics["judge/too_long"] == (2.0, 3.0)
+    assert metrics["judge/abstained"] == (0.0, 1.0)
 
 
 def test_the_engine_is_asked_once_also_for_no_pairs(renderer):
@@ -172,7 +195,7 @@ def test_the_engine_is_asked_once_also_for_no_pairs(renderer):
         calls.append((len(prompts), tuple(ids)))
         return np.zeros((len(prompts), 2), np.float32)
 
-    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, next_logprobs)
+    who = make_judge(JudgeConfig(type="self"), "pairwise", renderer, next_logprobs, 1000)
     assert who.compare([]) == []
     who.compare([Pair(USER, "one", "two")] * 3)
     assert calls == [(0, who.tokens), (6, who.tokens)]
@@ -200,9 +223,40 @@ def test_min_decision_mass_stops_a_run_whose_judge_cannot_judge(
 
 
 def test_written_rules_say_none_with_an_empty_string():
-    who = judge.RuleWrittenJudge(lambda prompt, text: {"x": "No.", "y": ""}.get(text))
-    answers = [Answer(USER, text) for text in "xyz"]
-    assert who.judge(answers) == ["No.", None, None]
+    who = judge.RuleWrittenJudge(lambda prompt, text: {"x": "No.", "y": " "}.get(text))
+    (seen,) = judge_written(who, [episode("x", "y", "z")])
+    assert seen.judgments == ("No.", None, None)
+
+
+def test_judgments_that_are_none_are_set_aside_and_counted():
+    said = {"a": "$ERROR$", "b": "The response is perfect.", "c": "It starts with an empty phrase."}
+    who = judge.RuleWrittenJudge(lambda prompt, text: said.get(text))
+    (seen,) = judge_written(who, [episode("a", "b", "c", "d")])
+    assert [reason is not None for reason in seen.noise] == [True, True, False, False]
+    assert [judgment for _, judgment in seen.judged()] == [said["c"], None]
+    assert judge_metrics([seen])["judge/noise"] == (2.0, 4.0)
+    assert json.loads(seen.to_json())["noise"] == list(seen.noise)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["No."], "Batch gave 1 judgments for 2: it must give one for each"),
+        (["No.", None, None], "Batch gave 3 judgments for 2"),
+        (["No.", True], "Batch gave True for an answer: a written judgment is a text"),
+    ],
+)
+def test_a_judge_that_answers_otherwise_is_named(given, message):
+    class Batch:
+        def judge(self, answers):
+            return given
+
+    with pytest.raises(ConfigError, match=message):
+        judge_written(Batch(), [episode("a", "b")])
+    if len(given) != 2:
+        pairs = type("Batch", (), {"compare": lambda self, asked: [None] * (len(asked) + 1)})()
+        with pytest.raises(ConfigError, match="Batch gave 2 judgments for 1"):
+            judge_pairs(pairs, [episode("a", "b")])
 
 
 def test_pairwise_rules_prefer_by_sign():
@@ -236,7 +290,7 @@ def rules(tmp_path: Path) -> Path:
 
 
 def made(path: str, kind: str):
-    return make_judge(JudgeConfig(path=path), kind, None, None)
+    return make_judge(JudgeConfig(path=path), kind, None, None, 0)
 
 
 def test_a_rule_is_a_function_or_sees_whole_batches(rules):
@@ -278,7 +332,7 @@ def test_a_rule_whose_file_raises_is_named_with_its_error(tmp_path):
 
 def test_the_model_itself_writes_no_judgments(renderer):
     with pytest.raises(ConfigError, match=r"judge\.type = .self.: written judgments need"):
-        make_judge(JudgeConfig(type="self"), "written", renderer, None)
+        make_judge(JudgeConfig(type="self"), "written", renderer, None, 0)
 
 
 # ---------------------------------------------------------------------------------- episodes
@@ -302,7 +356,10 @@ def test_written_judgments_go_to_their_own_rollouts():
     who = judge.RuleWrittenJudge(lambda prompt, text: text.upper() if text > "b" else None)
     first, second = judge_written(who, [episode("a", "c"), episode("d", "b")])
     assert first.judgments == (None, "C") and second.judgments == ("D", None)
-    assert judge_metrics([first, second]) == {"judge/negatives": (2.0, 4.0)}
+    assert judge_metrics([first, second]) == {
+        "judge/negatives": (2.0, 4.0),
+        "judge/noise": (0.0, 4.0),
+    }
 
 
 def by_length(prompt, a: str, b: str) -> float:
@@ -354,4 +411,5 @@ def test_metrics_are_sums_and_counts_over_verdicts():
         "judge/flipped": (1.0, 2.0),
         "judge/first_slot": (1.5, 2.0),
         "judge/mass": (pytest.approx(1.2), 2.0),
+        "judge/too_long": (0.0, 2.0),
     }

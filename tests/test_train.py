@@ -503,7 +503,7 @@ def test_the_result_is_what_was_trained(tiny_llama, tmp_path, monkeypatch, lora)
         text=True,
         check=False,
     ).stdout.strip()
-    assert facts["commit"] == (head or None)
+    assert (facts["commit"] or "").removesuffix("-dirty") == head
     data = Path(config.datasets[0].path)
     assert facts["data"] == {str(data): hashlib.sha256(data.read_bytes()).hexdigest()}
     assert len(facts["model_hash"]) == 64
@@ -745,7 +745,7 @@ def test_the_evaluation_judge_may_be_the_start_too(sharp_llama, tmp_path, rule, 
         tmp_path,
         eval_datasets=[{"path": str(held_out)}],
         eval_steps=100,
-        eval_judge={"type": "self", "tie_threshold": 0.0},
+        eval_judge={"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0},
         learning_rate=3e-2,
         lr_scheduler_type="constant",
         **online("cut", rule),
@@ -876,3 +876,141 @@ def test_a_round_that_gives_nothing_to_train_on_is_survived(sharp_llama, tmp_pat
     assert [x["judge/abstained"] for x in logged(config)] == [1.0, 1.0]
     assert not logged(config, "loss")
     assert "nothing to train on" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------- start and end
+
+
+def test_eval_data_is_rendered_by_its_own_template(tiny_llama, tmp_path, monkeypatch):
+    """More eval datasets than training ones, each with a template of its own."""
+    files = [
+        {"path": str(write_rows(tmp_path / f"{name}.jsonl", rows("completion", 3, seed=seed)))}
+        for seed, name in enumerate(("first", "second"))
+    ]
+    files[1]["template"] = "alpaca"
+    config = recipe("sft", tiny_llama, tmp_path, eval_datasets=files, eval_steps=100, max_steps=1)
+    seen = {}
+
+    def look(run: Run) -> None:
+        seen["renderers"] = run.renderers
+
+    train_and(config, monkeypatch, look)
+    chat, first, second = (
+        r.prompt_ids([{"role": "user", "content": "why"}]) for r in seen["renderers"]
+    )
+    assert chat.tolist() == first.tolist() != second.tolist()
+    method = loop.make_method(config)
+    _, held_out, _ = loop.load_data(config, method)
+    assert [record.dataset for record in held_out] == [1] * 3 + [2] * 3
+    examples, _ = loop.make_examples(method, held_out, seen["renderers"], config)
+    for index, (record, example) in enumerate(zip(held_out, examples, strict=True)):
+        own = seen["renderers"][0 if index < 3 else 2].prompt_ids(record.prompt).tolist()
+        assert example.streams[0].input_ids[: len(own)].tolist() == own
+    assert logged(config, "eval/loss")
+
+
+def test_held_out_prompts_that_do_not_fit_are_dropped_and_said(sharp_llama, tmp_path, rule, capfd):
+    long = [{"prompt": "a b c d e " * 100}, *rows("prompt", 2, seed=1)]
+    held_out = str(write_rows(tmp_path / "held-out.jsonl", long))
+    config = recipe(
+        "cut",
+        sharp_llama,
+        tmp_path,
+        eval_datasets=[{"path": held_out}],
+        eval_steps=100,
+        **online("cut", rule),
+    )
+    train(config)
+    assert "eval: dropped 1" in capfd.readouterr().err
+    assert logged(config, "eval/mean_length")
+    # Full fine-tuning has a reference of its own to measure the distance to.
+    assert logged(config, "eval/kl_to_reference")[-1]["eval/kl_to_reference"] != 0
+
+
+def test_nothing_left_to_train_on_is_one_line(tiny_llama, tmp_path):
+    config = recipe("cut", tiny_llama, tmp_path, cut={"positive_ratio": 0.25})
+    write_rows(
+        Path(config.datasets[0].path),
+        [{"prompt": f"p{i}", "completion": "fine", "judgment": None} for i in range(3)],
+    )
+    with pytest.raises(ConfigError, match=r"^cut\.positive_ratio = 0\.25: .* none of 3 has a judg"):
+        train(config)
+
+
+def test_schedules_end_where_they_end():
+    """Online rounds may take more updates than planned: the rate stays at its end."""
+    for name in ("cosine", "linear"):
+        assert lr_factor(name, 10, 10, 0.0) == lr_factor(name, 17.5, 10, 0.0) == 0.0
+
+
+def test_another_layout_of_processes_is_refused(stopped):
+    layout = checkpoint.checkpoints(Path(stopped.output_dir))[-1] / "layout.json"
+    before = layout.read_text()
+    layout.write_text(json.dumps({"processes": 2, "zero_stage": 3}))
+    message = r"2 process\(es\) at ZeRO stage 3, these are 1 at stage 0"
+    try:
+        with pytest.raises(ConfigError, match=message):
+            train(stopped.model_copy(update={"resume_from_checkpoint": True}))
+    finally:
+        layout.write_text(before)
+
+
+def test_an_adapter_says_what_lora_keys_are(sharp_llama, tmp_path, adapter):
+    base = {"use_peft": True, "adapter_name_or_path": str(adapter)}
+    held = loop.resolve_adapter(recipe("dpo", sharp_llama, tmp_path, **base))
+    asked = json.loads((adapter / "adapter_config.json").read_text())
+    assert (held.lora_r, held.lora_alpha) == (asked["r"], asked["lora_alpha"])
+    other = recipe("dpo", sharp_llama, tmp_path, lora_r=asked["r"] + 1, **base)
+    with pytest.raises(
+        ConfigError, match=rf"^lora_r = {asked['r'] + 1}: the adapter .* leave the key"
+    ):
+        train(other)
+    dropout = recipe("dpo", sharp_llama, tmp_path, lora_dropout=0.25, **base)
+    run, _ = start(dropout)
+    rates = {m.p for n, m in run.model.policy.named_modules() if n.endswith("lora_dropout.default")}
+    assert rates == {0.25}
+
+
+def test_an_adapter_in_place_of_a_model_is_named(tmp_path, adapter):
+    config = recipe("dpo", adapter, tmp_path, use_peft=True)
+    with pytest.raises(ConfigError, match="an adapter; set adapter_name_or_path to it"):
+        train(config)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(tiny_llama, tmp_path, monkeypatch):
+    """Before any checkpoint takes the weights that it spoilt."""
+    config = recipe("sft", tiny_llama, tmp_path, max_steps=4, save_steps=1, learning_rate=1e-3)
+    steps = []
+
+    def update(run, *arguments):
+        if len(steps) == 2:
+            weight = run.model.policy.causal_lm.get_input_embeddings().weight
+            weight.register_hook(lambda grad: grad * math.inf)
+        steps.append(None)
+        return original(run, *arguments)
+
+    original = loop.update
+    monkeypatch.setattr(loop, "update", update)
+    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf) on records .*jsonl"):
+        train(config)
+    assert [path.name for path in checkpoint.checkpoints(Path(config.output_dir))][-1:] == [
+        "checkpoint-2"
+    ]
+
+
+def test_the_attention_that_is_asked_for_is_used(tiny_llama, tmp_path, monkeypatch, capfd):
+    config = recipe("sft", tiny_llama, tmp_path, attn_implementation="eager", max_steps=1)
+    seen = {}
+
+    def look(run: Run) -> None:
+        seen["attention"] = run.model.policy.causal_lm.config._attn_implementation
+        seen["packed"] = run.model.policy.packed
+
+    train_and(config, monkeypatch, look)
+    assert seen == {"attention": "eager", "packed": False}
+    assert "unpacked: attn_implementation = 'eager' is set" in capfd.readouterr().err
+
+
+def test_resume_says_when_there_is_nothing_to_resume(tiny_llama, tmp_path, capfd):
+    train(recipe("sft", tiny_llama, tmp_path, resume_from_checkpoint=True, max_steps=1))
+    assert "no checkpoint in" in capfd.readouterr().err

@@ -94,7 +94,7 @@ def summary(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, 
         method, *_ = (outcomes for (where, _), outcomes in measured.items() if where == stage)
         sides = [figures(outcome) for outcome in outcomes]
         by_seed = [changes(outcome) for outcome in outcomes]
-        entry = {
+        entry: dict[str, Any] = {
             "seeds": [
                 {"seed": outcome["seed"], **side, "budget": outcome["budget"]}
                 for side, outcome in zip(sides, outcomes, strict=True)

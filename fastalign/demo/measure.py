@@ -202,6 +202,7 @@ def judge_quality(
         JudgeConfig(type="self"),
         renderer,
         lambda ids, tokens: engine.next_logprobs(ids, tokens, adapter),
+        engine.max_model_len - 1,
     )
     verdicts = judge.compare(
         [Pair(_messages(p), a, b) for p, (a, b) in zip(prompts, pairs, strict=True)]

@@ -36,16 +36,19 @@ class Cut(BaseMethod):
         return [self._example(prompt_ids, judged, completion_ids, record.weight, record.source)]
 
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
-        assert episode.judgments is not None
         examples = []
-        for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True):
+        for rollout, judgment in episode.judged():
             judged = None
             if judgment is not None:
                 judged = renderer.judged_prompt_ids(episode.prompt, judgment, tools=episode.tools)
             try:
                 examples.append(
                     self._example(
-                        episode.prompt_ids, judged, rollout.token_ids, 1.0, episode.source
+                        episode.prompt_ids,
+                        judged,
+                        rollout.token_ids,
+                        episode.weight,
+                        episode.source,
                     )
                 )
             except Dropped:

@@ -40,7 +40,9 @@ class Dpo(BaseMethod):
             episode.rollouts[i].token_ids for i in (episode.chosen, episode.rejected)
         )
         try:
-            return [self._pair(episode.prompt_ids, chosen, rejected, 1.0, episode.source)]
+            return [
+                self._pair(episode.prompt_ids, chosen, rejected, episode.weight, episode.source)
+            ]
         except Dropped:
             # An empty answer, or two that are the same as far as they fit.
             return []

@@ -9,17 +9,25 @@ from fastalign import losses
 from fastalign.batch import Batch
 from fastalign.data import Example, Record, Stream
 from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
-from fastalign.templates import Renderer
+from fastalign.templates import Renderer, fit_stream
 
 
 class Jsft(BaseMethod):
     """One model learns to answer and to judge: a preference pair makes a demonstration of its
     chosen answer and one judgment in each order, whose single target is the decision token; a
-    dataset of prompts and completions adds demonstrations alone."""
+    dataset of prompts and completions, or of conversations, adds demonstrations alone."""
 
-    wants = ("preference", "completion")
+    wants = ("preference", "completion", "messages")
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        if record.kind == "messages":
+            conversation = renderer.conversation(
+                record.messages, tools=record.tools, source=record.source
+            )
+            fitted = fit_stream(conversation, self.config.max_length)
+            if isinstance(fitted, str):
+                raise Dropped(fitted)
+            return [Example((fitted,), record.weight, record.source)]
         if record.completion is not None:
             return [self.demonstration(record, record.completion, renderer)]
         assert record.chosen is not None and record.rejected is not None
@@ -71,5 +79,6 @@ class Jsft(BaseMethod):
             kept = live[records].repeat_interleave(cu_role.diff())
             metrics[name] = total(-logprob[index][kept])
             if role == "judgment":
-                metrics["judge/accuracy"] = total((logprob[index][kept] > np.log(0.5)).double())
+                # Right for certain: above one half no other token can be more probable.
+                metrics["judge/sure"] = total((logprob[index][kept] > np.log(0.5)).double())
         return loss, metrics

@@ -37,9 +37,8 @@ class Sft(BaseMethod):
         return [Example(streams=streams, weight=record.weight, source=record.source)]
 
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
-        assert episode.judgments is not None
         examples = []
-        for rollout, judgment in zip(episode.rollouts, episode.judgments, strict=True):
+        for rollout, judgment in episode.judged():
             if judgment is not None:
                 continue
             try:
@@ -48,7 +47,7 @@ class Sft(BaseMethod):
                 # Sampled empty, or behind a prompt that leaves no room.
                 continue
             stream = Stream.of("demonstration", episode.prompt_ids, completion_ids)
-            examples.append(Example((stream,), 1.0, episode.source))
+            examples.append(Example((stream,), episode.weight, episode.source))
         return examples
 
     def loss(
@@ -66,11 +65,18 @@ class Sft(BaseMethod):
 
 
 class Unlikelihood(Sft):
-    """-mean log(1 - p) on every token of the answer, the blunt form CUT is measured against."""
+    """-mean log(1 - p) on every token of the answer, the blunt form CUT is measured against.
 
-    # Judged rows as they are: what the judgment criticises is what is pushed down.
+    Of judged rows it takes those that a judgment criticises; rows without judgments are all meant.
+    """
+
     wants = ("judged", "completion", "messages")
     judge_kind = None
+
+    def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
+        if record.kind == "judged" and not record.is_negative:
+            raise Dropped("the answer is fine")
+        return super().from_record(record, renderer)
 
     def loss(
         self,

@@ -38,8 +38,8 @@ def make_engine(
     device: torch.device | str = "cpu",
     lora_rank: int | None = None,
     seed: int = 0,
-    rank: int = 0,
     world_size: int = 1,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> RolloutEngine:
     """Start the engine that ``config`` asks for, on this rank.
@@ -54,7 +54,8 @@ def make_engine(
         device: of the embedded engine; vLLM takes the rank's own.
         lora_rank: largest rank of the adapters to come; None: full weights are sent.
         seed: of the engine's own random state; requests bring theirs.
-        rank, world_size: of this process in the run.
+        world_size: processes of the run.
+        revision: of a hub model.
 
     Raises:
         ConfigError: vLLM is asked for and not installed.
@@ -81,8 +82,9 @@ def make_engine(
             dtype=dtype,
             max_model_len=max_model_len,
             lora_rank=lora_rank,
-            seed=seed + rank,
+            seed=seed,
             world_size=world_size,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
     from fastalign.rollout.hf import HfEngine

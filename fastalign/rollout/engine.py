@@ -108,6 +108,7 @@ class RolloutEngine(Protocol):
     """What the trainer asks of a sampler.  Every call is local to the calling rank."""
 
     name: str
+    max_model_len: int
 
     def generate(
         self,

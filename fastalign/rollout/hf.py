@@ -60,6 +60,7 @@ class HfEngine:
         dtype: torch.dtype,
         max_model_len: int,
         device: torch.device | str = "cpu",
+        revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the replica.
@@ -70,7 +71,8 @@ class HfEngine:
             max_model_len: most tokens of prompt and completion together.
 
         Raises:
-            EngineError: DeepSpeed ZeRO-3 is set up already and would shard the replica.
+            EngineError: the model does not load, or DeepSpeed ZeRO-3 is set up already and would
+                shard the replica.
         """
         if is_deepspeed_zero3_enabled():
             raise EngineError(
@@ -79,10 +81,13 @@ class HfEngine:
             )
         self._device = torch.device(device)
         self._config = config
-        self._max_model_len = max_model_len
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        self.max_model_len = max_model_len
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{model_path} cannot be loaded: {error}") from None
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab_size = model.config.get_text_config().vocab_size
         # Taken before any adapter renames them: PEFT keeps the same parameter objects.
@@ -104,7 +109,7 @@ class HfEngine:
         self._check_usable(adapter)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
-        check_prompts(prompts, settings.max_new_tokens, self._max_model_len, self._vocab_size)
+        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
         version = self._version if adapter is None else self._adapters[adapter]
         results: list[Rollout | None] = [None] * len(prompts)
         with torch.inference_mode(), self._using(adapter):
@@ -123,7 +128,7 @@ class HfEngine:
     ) -> np.ndarray:
         """float32 [len(prompts), len(token_ids)]; see :class:`RolloutEngine`."""
         self._check_usable(adapter)
-        check_prompts(prompts, 0, self._max_model_len, self._vocab_size)
+        check_prompts(prompts, 0, self.max_model_len, self._vocab_size)
         result = np.empty((len(prompts), len(token_ids)), dtype=np.float32)
         wanted = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
         max_tokens = _CPU_SCORING_TOKENS if self._device.type == "cpu" else _PREFILL_TOKENS

@@ -97,6 +97,7 @@ class VllmEngine:
         max_adapters: int = 2,
         seed: int = 0,
         world_size: int = 1,
+        revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Start vLLM on this rank's device.
@@ -146,6 +147,7 @@ class VllmEngine:
                     str(model_path),
                     dtype=str(dtype).removeprefix("torch."),
                     seed=seed,
+                    revision=revision,
                     trust_remote_code=trust_remote_code,
                     **arguments,
                 )
@@ -154,7 +156,7 @@ class VllmEngine:
         _started.append(self._llm)
         self._request_type = LoRARequest
         self._dtype = dtype
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._max_adapters = max_adapters if lora_rank is not None else 0
         self._vocab_size = self._llm.model_config.get_vocab_size()
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign-adapters-")
@@ -184,7 +186,7 @@ class VllmEngine:
         self._check_usable(adapter)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
-        check_prompts(prompts, settings.max_new_tokens, self._max_model_len, self._vocab_size)
+        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
         params = [
             SamplingParams(
                 max_tokens=settings.max_new_tokens,
@@ -214,7 +216,7 @@ class VllmEngine:
 
         self._check_usable(adapter)
         # One token is sampled beside the scores.
-        check_prompts(prompts, 1, self._max_model_len, self._vocab_size)
+        check_prompts(prompts, 1, self.max_model_len, self._vocab_size)
         wanted = [int(token) for token in token_ids]
         params = SamplingParams(
             max_tokens=1,
