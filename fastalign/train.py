@@ -52,7 +52,7 @@ from fastalign.model import (
     resolve_dtype,
 )
 from fastalign.online import collect, push_weights, wake
-from fastalign.rollout import EngineError, RolloutEngine, make_engine
+from fastalign.rollout import EngineError, RolloutEngine, choose_engine, make_engine
 from fastalign.rollout.sync import canary
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
@@ -409,7 +409,10 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
         trainer_logprobs=lambda: _trainer_next_logprobs(model, words, tokens),
     )
     model.engine.train()
-    run.tracker.say(f"rollouts by {engine.name}: weight sync proven by content and by canary")
+    _, why = choose_engine(run.config.rollout)
+    run.tracker.say(
+        f"rollouts by {engine.name} ({why}): weight sync proven by content and by canary"
+    )
 
 
 def _visible_strength(model: TrainedModel, words: np.ndarray, tokens: Sequence[int]) -> int:

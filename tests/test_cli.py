@@ -16,6 +16,7 @@ from support import TESTS, distance, outside_environment, rows, write_rows
 from transformers import AutoTokenizer
 
 from fastalign import __version__
+from fastalign.cli import main
 from fastalign.config import dump_config, load_config, parse_config
 
 RULE = "def rule(prompt, text):\n    return 'No.'\n"
@@ -361,3 +362,12 @@ def test_two_ranks_by_the_command_end_where_one_does(desk):
     moved = {n: t for n, t in weights[0].items() if "lora_B" in n}
     assert all(t.abs().max() > 1e-4 for t in moved.values())
     assert distance({n: weights[1][n] for n in moved}, moved) < 1e-5
+
+
+def test_a_mistyped_option_is_named(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: sft\nmodel_name_or_path: m\noutput_dir: o\ndatasets: [{path: d}]\n")
+    assert main(["train", str(path), "--resme"]) == 2
+    error = capsys.readouterr().err
+    assert "--resme: neither an option of fastalign train nor one of torchrun" in error
+    assert "nearest is --resume" in error and "Traceback" not in error

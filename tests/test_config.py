@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastalign.config import Config, ConfigError, dump_config, load_config, parse_config, read_yaml
+from fastalign.methods import make_method
 
 BASE = {
     "method": "cut",
@@ -244,3 +245,34 @@ def test_no_override_breaks_the_parser(tmp_path_factory, override):
         load_config(path, [override])
     except ConfigError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=str)
+def test_recipes_are_recipes(path):
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    method = make_method(config)
+    assert (config.online is None) or method.judge_kind is not None
+
+
+def test_there_are_recipes_for_every_method():
+    names = {path.stem for path in Path(__file__).parents[1].glob("recipes/*.yaml")}
+    assert names == {"cut-offline", "cut-online", "jsft", "self-judge", "dpo", "sft"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"adam_beta1": 1.0}, "adam_beta1"),
+        ({"temperature": 0.005}, "temperature"),
+        ({"cut": {"min_judged_prob": 1.0}}, "cut.min_judged_prob"),
+        ({"metric_for_best_model": "loss"}, "metric_for_best_model is 'loss': it needs eval_steps"),
+        (
+            {"judge": {"path": "a:b"}, "eval_judge": {"path": "a:b"}, "online": {}},
+            "eval_judge is the training judge: another one has to measure it",
+        ),
+    ],
+)
+def test_values_that_would_fail_later_fail_here(keys, message):
+    assert message in error_of(keys)

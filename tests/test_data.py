@@ -142,6 +142,21 @@ def test_preference_as_hh_dialogues(tmp_path):
     assert (record.chosen, record.rejected) == ("A", "B")
 
 
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_prompt_may_be_an_hh_dialogue(tmp_path, repeat):
+    """As others publish Anthropic's data: the dialogue in a prompt column, with or without the
+    same dialogue before each answer."""
+    prompt = "\n\nHuman: One?\n\nAssistant: Yes.\n\nHuman: Two?\n\nAssistant:"
+    before = prompt if repeat else ""
+    row = {"prompt": prompt, "chosen": f"{before} A", "rejected": f"{before} B"}
+    record = load_row(tmp_path, row)
+    assert record.prompt == (user("One?"), assistant("Yes."), user("Two?"))
+    assert (record.chosen, record.rejected) == ("A", "B")
+    # Text that only mentions such turns is text.
+    plain = {"prompt": "Who says Human: and Assistant:?", "chosen": "A", "rejected": "B"}
+    assert load_row(tmp_path, plain).prompt == (user("Who says Human: and Assistant:?"),)
+
+
 def test_preference_as_message_lists_with_system_column(tmp_path):
     head = [user("One?"), assistant("Yes"), user("Two?")]
     row = {"chosen": [*head, assistant("A")], "rejected": [*head, assistant("B")], "system": "S"}

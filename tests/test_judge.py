@@ -18,6 +18,7 @@ from fastalign.config import ConfigError, JudgeConfig, RolloutConfig
 from fastalign.episodes import Episode, Verdict
 from fastalign.judge import Answer, Pair, judge_metrics, judge_pairs, judge_written, make_judge
 from fastalign.model import load_tokenizer
+from fastalign.plugins import load_object
 from fastalign.rollout import Rollout
 from fastalign.rollout.hf import HfEngine
 from fastalign.templates import Renderer
@@ -413,3 +414,27 @@ def test_metrics_are_sums_and_counts_over_verdicts():
         "judge/mass": (pytest.approx(1.2), 2.0),
         "judge/too_long": (0.0, 2.0),
     }
+
+
+def test_a_judge_of_a_file_is_loaded_once(tmp_path):
+    """It keeps its state between rounds, and does not change under a run; files of one name in
+    two folders are two judges."""
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "rule.py")
+        paths[-1].write_text(f"calls = []\ndef f(prompt, text):\n    return {name!r}\n")
+    first, second = (load_object(f"{path}:f", "judge.path") for path in paths)
+    assert (first([], ""), second([], "")) == ("one", "two")
+    paths[0].write_text("def f(prompt, text):\n    return 'changed'\n")
+    assert load_object(f"{paths[0]}:f", "judge.path") is first
+    assert load_object(f"{paths[0]}:calls", "judge.path") == []
+
+
+def test_a_file_that_fails_is_tried_again(tmp_path):
+    path = tmp_path / "rule.py"
+    path.write_text("1 / 0")
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        load_object(f"{path}:f", "judge.path")
+    path.write_text("f = 3")
+    assert load_object(f"{path}:f", "judge.path") == 3

