@@ -82,7 +82,7 @@ format: .venv ## Rewrite the sources in style
 	$(BIN)/clang-format -i csrc/*
 
 test: .venv ## Run the tests
-	$(BIN)/python -m pytest -q tests
+	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q tests bench
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench
