@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.run
 import yaml
 from safetensors.torch import load_file
 from support import TESTS, distance, outside_environment, rows, write_rows
@@ -371,3 +372,23 @@ def test_a_mistyped_option_is_named(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "--resme: neither an option of fastalign train nor one of torchrun" in error
     assert "nearest is --resume" in error and "Traceback" not in error
+
+
+def test_options_of_torchrun_reach_it(tmp_path, monkeypatch):
+    """Several nodes: what each of them is told goes on to torchrun, word for word."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: sft\nmodel_name_or_path: m\noutput_dir: o\ndatasets: [{path: d}]\n")
+    seen = []
+    monkeypatch.setattr(torch.distributed.run, "run", seen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    options = ["--nnodes", "2", "--node_rank=1", "--master-addr", "ten", "--master_port", "29501"]
+    assert main(["train", str(path), "nproc_per_node=4", *options, "seed=3"]) == 0
+    (arguments,) = seen
+    assert (arguments.nnodes, arguments.node_rank, arguments.nproc_per_node) == ("2", 1, "4")
+    assert (arguments.master_addr, arguments.master_port) == ("ten", 29501)
+    assert not arguments.standalone and arguments.module
+    assert arguments.training_script == "fastalign"
+    assert arguments.training_script_args == ["train", str(path), "nproc_per_node=4", "seed=3"]
+    # One node finds its own port.
+    assert main(["train", str(path), "nproc_per_node=2"]) == 0
+    assert seen[1].standalone and seen[1].nproc_per_node == "2"

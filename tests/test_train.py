@@ -27,6 +27,8 @@ from fastalign.config import Config, ConfigError, parse_config
 from fastalign.data import Example, Stream
 from fastalign.model import POLICY, REFERENCE
 from fastalign.online import ReferenceScorer, push_weights
+from fastalign.rollout import EngineError
+from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.sync import fingerprint
 from fastalign.run import Run
 from fastalign.train import lr_factor, train
@@ -255,13 +257,15 @@ def test_golden_trajectories(sharp_llama, tmp_path, rule, name):
 # ------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("method", ["dpo", "cut online", "self-judge"])
+@pytest.mark.parametrize("method", ["dpo", "dpo full", "cut online", "self-judge"])
 def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(
     sharp_llama, tmp_path, rule, monkeypatch, method
 ):
     keys = {"save_steps": 2, "lora_dropout": 0.2, "learning_rate": 3e-3} | LORA
     name = method.split()[0]
-    if method == "dpo":
+    if method == "dpo full":
+        keys |= {"use_peft": False, "learning_rate": 3e-4}
+    if name == "dpo":
         keys |= {"num_train_epochs": 2.0}
         interruption = 6
     elif method == "cut online":
@@ -279,7 +283,7 @@ def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(
     train(folders["undisturbed"])
     broken = folders["interrupted"]
     interrupt(broken, monkeypatch, before=interruption)
-    assert not Path(broken.output_dir, "adapter_model.safetensors").exists()
+    assert not list(Path(broken.output_dir).glob("*.safetensors"))
     saved = checkpoint.checkpoints(Path(broken.output_dir))[-1]
     assert saved.name == f"checkpoint-{(interruption - 1) // 2 * 2}"
     train(broken.model_copy(update={"resume_from_checkpoint": True}))
@@ -818,6 +822,50 @@ def test_rounds_sample_from_the_current_model(sharp_llama, tmp_path, rule, monke
         assert line["rollout/logprob_gap_mean"] < 1e-4
 
 
+def test_a_base_that_did_not_survive_its_sleep_stops_the_run(
+    sharp_llama, tmp_path, rule, monkeypatch
+):
+    config = recipe("cut", sharp_llama, tmp_path, **online("cut", rule), **LORA)
+    slept = []
+
+    def sleep(engine):
+        slept.append(None)
+        original(engine)
+        if len(slept) == 1:
+            with torch.no_grad():
+                engine._parameters["model.norm.weight"].mul_(1.5)
+
+    original = HfEngine.sleep
+    monkeypatch.setattr(HfEngine, "sleep", sleep)
+    with pytest.raises(EngineError, match="the base weights did not survive the engine's sleep"):
+        train(
+            config.model_copy(
+                update={
+                    "online": config.online.model_copy(
+                        update={"iterations": 4, "prompts_per_iteration": 3}
+                    )
+                }
+            )
+        )
+    assert len(slept) == 2
+
+
+def test_few_samples_are_kept_of_many_answers(sharp_llama, tmp_path, rule):
+    held_out = write_rows(tmp_path / "held-out.jsonl", rows("prompt", 11, seed=3))
+    config = recipe(
+        "cut",
+        sharp_llama,
+        tmp_path,
+        eval_datasets=[{"path": str(held_out)}],
+        eval_steps=100,
+        **online("cut", rule),
+    )
+    train(config)
+    kept = [p.read_text().splitlines() for p in Path(config.output_dir, "eval").glob("samples-*")]
+    assert len(kept) == 2 and all(len(lines) == 8 for lines in kept)
+    assert [json.loads(line)["index"] for line in kept[0]] == list(range(8))
+
+
 def test_online_evaluation_scores_the_answers(sharp_llama, tmp_path, rule):
     held_out = write_rows(tmp_path / "held-out.jsonl", rows("prompt", 5, seed=3))
     config = recipe(
@@ -1014,3 +1062,31 @@ def test_the_attention_that_is_asked_for_is_used(tiny_llama, tmp_path, monkeypat
 def test_resume_says_when_there_is_nothing_to_resume(tiny_llama, tmp_path, capfd):
     train(recipe("sft", tiny_llama, tmp_path, resume_from_checkpoint=True, max_steps=1))
     assert "no checkpoint in" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"zero_stage": 1}, {"zero_stage": 2}, {"gradient_checkpointing": True}],
+    ids=lambda keys: "-".join(map(str, *keys.items())),
+)
+def test_other_ways_to_spend_memory_train_the_same(sharp_llama, tmp_path, keys):
+    runs = []
+    for name, more in (("plain", {}), ("other", keys)):
+        config = recipe(
+            "cut", sharp_llama, tmp_path / name, num_train_epochs=2.0, learning_rate=3e-4, **more
+        )
+        train(config)
+        runs.append([(x["loss"], x["grad_norm"]) for x in logged(config, "loss")])
+    assert len(runs[0]) >= 4
+    assert np.array(runs[1]) == pytest.approx(np.array(runs[0]), rel=1e-4)
+
+
+def test_checkpointing_recomputes_activations(sharp_llama, tmp_path, monkeypatch):
+    config = recipe("sft", sharp_llama, tmp_path, gradient_checkpointing=True, max_steps=1)
+    seen = {}
+
+    def look(run: Run) -> None:
+        seen["on"] = run.model.policy.causal_lm.is_gradient_checkpointing
+
+    train_and(config, monkeypatch, look)
+    assert seen["on"]
