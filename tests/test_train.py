@@ -838,16 +838,7 @@ def test_a_base_that_did_not_survive_its_sleep_stops_the_run(
     original = HfEngine.sleep
     monkeypatch.setattr(HfEngine, "sleep", sleep)
     with pytest.raises(EngineError, match="the base weights did not survive the engine's sleep"):
-        train(
-            config.model_copy(
-                update={
-                    "online": config.online.model_copy(
-                        update={"iterations": 4, "prompts_per_iteration": 3}
-                    )
-                }
-            )
-        )
-    assert len(slept) == 2
+        train(config)
 
 
 def test_few_samples_are_kept_of_many_answers(sharp_llama, tmp_path, rule):
