@@ -83,6 +83,7 @@ format: .venv ## Rewrite the sources in style
 
 test: .venv ## Run the tests
 	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q tests bench
+	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(BIN)/python -m pytest -q tests/test_linear_logprob.py
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench

@@ -1,16 +1,27 @@
-"""linear_logprob against autograd over materialised logits, in fp64 and in the same dtype."""
+"""linear_logprob against autograd over materialised logits, in fp64 and in the same dtype.
+
+FASTALIGN_IMPL names the implementation.  ``make test`` runs this file twice: as it stands, and with
+Triton's interpreter (TRITON_INTERPRET=1), which is exact in fp32 and fp16 alone.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastalign_kernels import TokenLogprobs, linear_logprob, reference
+import fastalign_kernels
+from fastalign_kernels import TokenLogprobs, reference
+
+IMPL = os.environ.get("FASTALIGN_IMPL", "torch")
+linear_logprob = partial(fastalign_kernels.linear_logprob, impl=IMPL)
+torch_only = pytest.mark.skipif(IMPL != "torch", reason="about the torch implementation")
 
 VOCAB = 1003  # a multiple of no tile
 HIDDEN = 48
@@ -27,13 +38,26 @@ OPTIONS = {
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Cut even the small problems of these tests into many tiles; the logits in one tile."""
+    if IMPL == "triton":
+        from fastalign_kernels import triton_head
+
+        small = triton_head.Tiling(32, 64, 32, 2, 4, 1, tma=True)
+        monkeypatch.setattr(triton_head, "tiling_for", lambda *_: small)
+        monkeypatch.setattr(triton_head, "CHUNK_COLUMNS", 200)
+        monkeypatch.setattr(triton_head, "REFERENCE_COLUMNS", 48)
     monkeypatch.setitem(reference.TILE_BYTES, "cpu", 4 * 8192)
     monkeypatch.setattr(reference, "MIN_TILE_COLUMNS", 128)
     return 8192
 
 
+def skip_inexact(dtype: torch.dtype) -> None:
+    if IMPL == "triton" and dtype not in (torch.float16, torch.float32):
+        pytest.skip(f"{dtype} in Triton's interpreter")
+
+
 def problem(n: int, dtype: torch.dtype, seed: int = 0, bias: bool = False, ignore: bool = True):
     """hidden, weight, bias, target with logits of about +-4 and every fifth row ignored."""
+    skip_inexact(dtype)
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, HIDDEN, generator=rng).to(dtype)
     weight = (torch.randn(VOCAB, HIDDEN, generator=rng) * 0.5).to(dtype)
@@ -120,6 +144,7 @@ def test_error_within_twice_that_of_torch(dtype, n, options, wants, small_tiles)
         assert error <= 2 * max(theirs[name], theirs_on_many[name]) + slack, name
 
 
+@torch_only
 @pytest.mark.parametrize("wants", ["h", "w", "b", "hw", "hb", "wb", "hwb"])
 def test_gradcheck(wants, monkeypatch):
     monkeypatch.setitem(reference.TILE_BYTES, "cpu", 8 * 8)
@@ -170,6 +195,7 @@ def test_frozen_head_is_not_read_in_backward():
     assert torch.equal(hidden.grad, expected)
 
 
+@torch_only
 def test_bf16_beats_rounded_logits():
     # Logits of about 60, where bf16 has steps of 0.25, and a target close to the top.
     rng = torch.Generator().manual_seed(3)
@@ -181,6 +207,7 @@ def test_bf16_beats_rounded_logits():
     assert (ours.logprob - true.logprob).norm() < 0.1 * (theirs.logprob - true.logprob).norm()
 
 
+@torch_only
 def test_16_bit_without_cpu_instructions(monkeypatch):
     monkeypatch.setattr(
         reference, "_multiplies", lambda dtype: dtype in (torch.float32, torch.float64)
@@ -196,6 +223,7 @@ def test_16_bit_without_cpu_instructions(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("one_minus_p", [0.5, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
 def test_confident_targets(one_minus_p, dtype):
+    skip_inexact(dtype)
     # With the identity as head the hidden states are the logits, exactly.
     vocab = 64
     hidden = torch.zeros(1, vocab, dtype=dtype)
@@ -339,6 +367,7 @@ def test_non_contiguous_inputs(small_tiles):
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
+@torch_only
 @pytest.mark.parametrize("wants", ["h", "hwb"], ids=["frozen", "trainable"])
 def test_independent_of_tile_size(wants, monkeypatch):
     inputs = problem(50, torch.float32, bias=True)
@@ -374,6 +403,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@torch_only
 @pytest.mark.parametrize("wants", ["", "h", "w", "b", "hwb"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_logits_stay_within_a_tile(dtype, wants, small_tiles):
@@ -452,3 +482,45 @@ def test_ignore_index_may_be_a_token():
     target[2] = 0
     result = linear_logprob(hidden, weight, target, ignore_index=0)
     assert result.logprob[2] == 0 and (result.logprob[[0, 1, 3, 4, 5]] < 0).all()
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="about the Triton implementation")
+class TestTriton:
+    @pytest.mark.parametrize("tma", [True, False])
+    @pytest.mark.parametrize("wants", ["", "h", "hwb"])
+    def test_independent_of_tiling(self, wants, tma, monkeypatch):
+        from fastalign_kernels import triton_head
+
+        inputs = problem(50, torch.float32, bias=True)
+        expected = outputs_and_grads(linear_logprob, *inputs, wants, softcap=6.0)
+        for rows, columns, depth, chunk, few in ((16, 32, 16, 100, 3), (64, 128, 64, 5000, 1003)):
+            tiling = triton_head.Tiling(rows, columns, depth, 3, 4, 1, tma=tma)
+            monkeypatch.setattr(triton_head, "tiling_for", lambda *_, tiling=tiling: tiling)
+            monkeypatch.setattr(triton_head, "CHUNK_COLUMNS", chunk)
+            monkeypatch.setattr(triton_head, "REFERENCE_COLUMNS", few)
+            ours = outputs_and_grads(linear_logprob, *inputs, wants, softcap=6.0)
+            for name, value in expected.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=2e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_rows_far_above_their_reference_are_done_again(self, dtype, monkeypatch):
+        """The first columns say nothing of the logits to come: 88 and more above them, where
+        exponentials relative to them overflow."""
+        from fastalign_kernels import triton_head
+
+        monkeypatch.setattr(triton_head, "REFERENCE_COLUMNS", 16)
+        hidden, weight, _, target = problem(20, dtype, ignore=False)
+        weight[:16] = 0
+        # Columns behind the first ones, along the hidden state of every second row.
+        weight[500:510] = 0
+        for i, row in enumerate(range(0, 20, 2)):
+            weight[500 + i] = (150 * hidden[row] / hidden[row].float().square().sum()).to(dtype)
+        target[:4] = torch.tensor([500, 3, 501, 700])
+        true = outputs_and_grads(naive, *as_double(hidden, weight, None, target), "h")
+        ours = outputs_and_grads(linear_logprob, hidden, weight, None, target, "h")
+        for name, value in true.items():
+            assert relative_error(ours[name], value) < (2e-3 if "grad" in name else 1e-5), name
+
+    def test_where_it_cannot_run(self):
+        with pytest.raises(ValueError, match="fp64 needs 'torch'"):
+            linear_logprob(H.double(), W.double(), Y)

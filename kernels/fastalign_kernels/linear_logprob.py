@@ -7,6 +7,7 @@ log(1 - p) derived from a 32-bit log p is -inf.
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,10 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from fastalign_kernels import reference
-
-# Each offers linear_logprob_forward and linear_logprob_backward with reference's signatures.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"torch": reference}
+# Modules that offer linear_logprob_forward and linear_logprob_backward with reference's signatures.
+_IMPLEMENTATIONS = {"torch": "reference", "triton": "triton_head"}
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -79,7 +78,7 @@ def linear_logprob(
         softcap: cap on the raw logits, in logits, > 0 (Gemma).
         temperature: divides the capped logits, > 0.
         ignore_index: target of rows that give 0 and take no gradient.
-        impl: "torch"; None chooses.
+        impl: "torch", also what None takes, or "triton" (on a GPU; no fp64).
         return_entropy: also compute the entropy, at the cost of one more pass over the logits,
             none over the head.
 
@@ -87,8 +86,8 @@ def linear_logprob(
         ValueError: an argument has a shape, dtype, device or value other than the above.  Targets
             out of range raise on the CPU alone: elsewhere the check would wait for the device.
     """
-    implementation = _implementation(impl)
     _check_tensors(hidden, weight, target, bias)
+    implementation = _implementation(impl, hidden)
     _check_numbers(softcap, temperature)
     _check_targets(target, weight.shape[0], ignore_index)
     logprob, log1m_prob, entropy = _LinearLogprob.apply(
@@ -192,11 +191,17 @@ def _wants_grad(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _implementation(impl: str | None) -> ModuleType:
+def _implementation(impl: str | None, hidden: torch.Tensor) -> ModuleType:
     name = "torch" if impl is None else impl
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"impl = {impl!r}: available are {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[name]
+    if name == "triton" and hidden.dtype == torch.float64:
+        raise ValueError(f"impl = 'triton': hidden is {_describe(hidden)}, and fp64 needs 'torch'")
+    # Triton reads when it is imported whether it is to interpret, and not everybody has it.
+    module = importlib.import_module(f"fastalign_kernels.{_IMPLEMENTATIONS[name]}")
+    if name == "triton" and not (hidden.is_cuda or module.INTERPRETED):
+        raise ValueError("impl = 'triton': hidden is on the CPU, which needs 'torch'")
+    return module
 
 
 def _check_tensors(
