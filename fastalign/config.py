@@ -83,7 +83,8 @@ class CutConfig(_Strict):
     )
     judged_warmup: Fraction = Field(
         0.0,
-        description="Share of the steps, at the start, that trains the likelihood parts alone.",
+        description="Share of the steps, at the start, that leaves out the contrast: Align-P and "
+        "Align-N alone.",
     )
 
     model_config = ConfigDict(
