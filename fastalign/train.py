@@ -53,7 +53,7 @@ from fastalign.model import (
 )
 from fastalign.online import collect, push_weights, wake
 from fastalign.rollout import EngineError, RolloutEngine, choose_engine, make_engine
-from fastalign.rollout.sync import canary
+from fastalign.rollout.sync import LEAST_CHANGE, canary
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
 from fastalign.tracking import Tracker
@@ -388,7 +388,6 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     tokens = sorted(set(words.tolist()))
     disturbance = contextlib.ExitStack()
     model.engine.eval()
-    strength = _visible_strength(model, words, tokens)
     # What rounding alone makes of engine and trainer: the least that means something here.
     rounding = np.abs(
         engine.next_logprobs(prompts, tokens, adapter)
@@ -400,8 +399,10 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
             f"the log-probs of {engine.name} differ from the trainer's by {rounding:.3g} on "
             "average before any training: the two do not hold the same model"
         )
+    floor = max(1.5 * float(rounding), 1e-3)
+    strength = _visible_strength(model, words, tokens, at_least=max(0.5, LEAST_CHANGE * floor))
     canary(
-        floor=max(1.5 * float(rounding), 1e-3),
+        floor=floor,
         perturb=lambda: disturbance.enter_context(model.disturbed(strength)),
         restore=disturbance.close,
         push=lambda: push_weights(run),
@@ -415,14 +416,16 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     )
 
 
-def _visible_strength(model: TrainedModel, words: np.ndarray, tokens: Sequence[int]) -> int:
-    """The mildest disturbance that moves the log-probs by half a nat: far above rounding, and not
-    so far that two implementations drift apart."""
+def _visible_strength(
+    model: TrainedModel, words: np.ndarray, tokens: Sequence[int], at_least: float
+) -> int:
+    """The mildest disturbance that moves the log-probs by ``at_least`` nats: far above rounding,
+    and not so far that two implementations drift apart."""
     before = _trainer_next_logprobs(model, words, tokens)
     for strength in range(CANARY_STRENGTHS - 1):
         with model.disturbed(strength):
             change = np.abs(_trainer_next_logprobs(model, words, tokens) - before).mean()
-        if change > 0.5:
+        if change > at_least:
             return strength
     return CANARY_STRENGTHS - 1
 

@@ -1081,3 +1081,24 @@ def test_checkpointing_recomputes_activations(sharp_llama, tmp_path, monkeypatch
 
     train_and(config, monkeypatch, look)
     assert seen["on"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_canary_is_louder_where_rounding_is(sharp_llama, tmp_path, lora):
+    """An engine that rounds more asks for a greater change, or it could not be told from noise."""
+    run, _ = start(recipe("sft", sharp_llama, tmp_path, **(LORA if lora else {})))
+    words = np.arange(3, 12, dtype=np.int32)
+    tokens = sorted(set(words.tolist()))
+    before = loop._trainer_next_logprobs(run.model, words, tokens)
+
+    def change(strength: int) -> float:
+        with run.model.disturbed(strength):
+            return np.abs(loop._trainer_next_logprobs(run.model, words, tokens) - before).mean()
+
+    moved = [change(strength) for strength in range(loop.CANARY_STRENGTHS)]
+    for strength in range(loop.CANARY_STRENGTHS - 1):
+        below = max(moved[:strength], default=0.0)
+        if below < moved[strength]:
+            asked = (below + moved[strength]) / 2
+            assert loop._visible_strength(run.model, words, tokens, asked) == strength
+    assert loop._visible_strength(run.model, words, tokens, 1e9) == loop.CANARY_STRENGTHS - 1

@@ -144,6 +144,10 @@ class CanaryReport:
     residue: float
 
 
+# A canary's change of the log-probs, as a multiple of what rounding makes of them.
+LEAST_CHANGE = 4
+
+
 def canary(
     *,
     perturb: Callable[[], None],
@@ -159,7 +163,7 @@ def canary(
     With t the trainer's and e the engine's log-probs of the same tokens, before and after a visible
     change of the trainer's weights, and e'' the engine's after these were restored and sent again:
 
-        change  = mean |t' - t|    >= 4 * floor           (the change can be told from noise)
+        change  = mean |t' - t|    >= LEAST_CHANGE * floor  (the change can be told from noise)
         gap     = mean |e' - t'|   <= share * change + floor
         residue = mean |e'' - e|   <= floor
 
@@ -199,8 +203,10 @@ def canary(
         "(means, in nats)"
     )
     # Written so that a NaN fails.
-    if not report.change >= 4 * floor:
-        raise EngineError(f"canary: the perturbation is below {4 * floor:.4g}: {figures}")
+    if not report.change >= LEAST_CHANGE * floor:
+        raise EngineError(
+            f"canary: the perturbation is below {LEAST_CHANGE * floor:.4g}: {figures}"
+        )
     if not report.gap <= share * report.change + floor:
         raise EngineError(f"canary: the engine did not follow the trainer's weights: {figures}")
     if not report.residue <= floor:
