@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PIP_ARGS ?=
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -38,6 +39,7 @@ help: ## Show this help
 	@echo '  TORCH_SPEC  what is installed first, before what builds against it [$(TORCH_SPEC)]'
 	@echo '  EXTRAS      the extras of this package to install [$(EXTRAS)]'
 	@echo '  PIP_ARGS    options for every pip install [$(PIP_ARGS)]'
+	@echo '  SEED        of the demonstration [$(SEED)]'
 	@echo
 	@echo 'Without a GPU torch must be a CPU build. Where pip finds a CUDA build first, name an index'
 	@echo 'of CPU builds: make PIP_ARGS="--extra-index-url URL" TORCH_SPEC="torch==2.13.0+cpu" .venv'
@@ -89,7 +91,7 @@ bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench
 
 demo: .venv ## Run the demonstration
-	$(BIN)/python -m fastalign demo
+	$(BIN)/python -m fastalign demo --seed $(SEED)
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info fastalign/_bridge.*.so
