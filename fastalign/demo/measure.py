@@ -196,10 +196,11 @@ def judge_quality(
     kind: str,
     prompts: Sequence[str],
     pairs: Sequence[Sequence[str]],
+    tie_threshold: float,
 ) -> dict[str, float]:
     """Accuracy against the rule on pairs that it can tell apart; flips and abstentions on all."""
     judge = SelfPairwiseJudge(
-        JudgeConfig(type="self"),
+        JudgeConfig(type="self", tie_threshold=tie_threshold),
         renderer,
         lambda ids, tokens: engine.next_logprobs(ids, tokens, adapter),
         engine.max_model_len - 1,
@@ -227,7 +228,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 
     Keys of a task: model, adapter (optional), kind, prompts, seed; samples (default 1); references
     (untouched answers to score); detect_on (answers to look for spans in, or "own") with lambda;
-    judge_pairs (answers to compare).
+    judge_pairs (answers to compare) with tie_threshold.
     """
     model, adapter = task["model"], task.get("adapter")
     kind, prompts = task["kind"], task["prompts"]
@@ -242,7 +243,13 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = {"texts": drawn, **answer_metrics(kind, texts, renderer)}
         if "judge_pairs" in task:
             result["judge"] = judge_quality(
-                engine, renderer, name, kind, prompts, task["judge_pairs"]
+                engine,
+                renderer,
+                name,
+                kind,
+                prompts,
+                task["judge_pairs"],
+                task["tie_threshold"],
             )
     if "references" in task:
         scorer = Scorer(model, adapter)
