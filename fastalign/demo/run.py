@@ -462,7 +462,9 @@ def run_demo(output_dir: str, seed: int) -> int:
 
     def say(line: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
-        console.print(f"[{minutes:2d}:{seconds:02d}] {line}", markup=False, highlight=False)
+        console.print(
+            f"[{minutes:2d}:{seconds:02d}] {line}", markup=False, highlight=False, soft_wrap=True
+        )
 
     demo = Demo(Path(output_dir) / f"seed-{seed}", seed, say)
     say("Stage 1: online CUT against a habit that SFT plants first (an empty opening phrase)")
