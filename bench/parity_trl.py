@@ -178,7 +178,9 @@ def run_fastalign(task: Task) -> Outcome:
     config = recipe(task)
     method = make_method(config)
     records, _, _ = load_data(config, method)
-    rounds = plan_rounds(config, method, records, make_renderers(config, load_tokenizer(config)))
+    rounds = plan_rounds(
+        config, method, records, make_renderers(config, load_tokenizer(config), config.judge)
+    )
     steps = [
         examples
         for round_ in range(rounds.count)
