@@ -115,6 +115,7 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
         if processes > 1 or torchrun_options:
             return _torchrun(processes, torchrun_options, arguments.recipe, overrides)
 
+    from fastalign.judge import JudgeError
     from fastalign.rollout import EngineError
     from fastalign.train import train
 
@@ -123,7 +124,7 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     except EngineError as error:
         _complain(f"rollout engine: {error}")
         return FAILED
-    except FloatingPointError as error:
+    except (FloatingPointError, JudgeError) as error:
         _complain(str(error))
         return FAILED
     return OK

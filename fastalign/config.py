@@ -124,13 +124,30 @@ class RolloutConfig(_Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 
 
+class EndpointConfig(_Strict):
+    """An OpenAI-compatible server that compares answers."""
+
+    base_url: str = Field(description="As 'http://localhost:8000/v1'.")
+    model: str = Field(description="Name of the model there.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Environment variable with the key; unset: none is sent."
+    )
+    max_concurrency: PositiveInt = 8
+    max_retries: Annotated[int, Field(ge=0)] = Field(
+        5, description="Of a request that is refused for now, with growing pauses."
+    )
+    timeout_s: PositiveFloat = 60.0
+    max_tokens: PositiveInt = Field(16, description="Of an answer.")
+
+
 class JudgeConfig(_Strict):
     """Who judges the rollouts: written judgments for CUT, pairs for DPO."""
 
-    type: Literal["rule", "self"] = "rule"
+    type: Literal["rule", "self", "endpoint"] = "rule"
     path: str | None = Field(
         None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
     )
+    endpoint: EndpointConfig | None = Field(None, description="For pairs alone.")
     model: Literal["reference", "policy"] = Field(
         "reference", description="Self judge: the frozen start of the run, or the current policy."
     )
@@ -265,6 +282,9 @@ class Config(_Strict):
             )
         if self.judge is not None and self.judge.type == "rule" and self.judge.path is None:
             raise ValueError("judge.path is missing: a rule judge names its callable")
+        for key, who in (("judge", self.judge), ("eval_judge", self.eval_judge)):
+            if who is not None and who.type == "endpoint" and who.endpoint is None:
+                raise ValueError(f"{key}.endpoint is missing: it names base_url and model")
         if self.adapter_name_or_path is not None and not self.use_peft:
             raise ValueError("adapter_name_or_path is set but use_peft is false: set it to true")
         if self.label_smoothing and self.loss_type != "sigmoid":

@@ -1,4 +1,4 @@
-"""Who judges: rules, and the model itself.
+"""Who judges: rules, the model itself, and models behind a server.
 
 Written judges say in words what is wrong with an answer (CUT); pairwise judges say which of two
 answers is better (SELF-JUDGE).  Both take batches, because a model judges them in one engine call.
@@ -7,7 +7,10 @@ answers is better (SELF-JUDGE).  Both take batches, because a model judges them 
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, Protocol, overload
@@ -129,6 +132,91 @@ class SelfPairwiseJudge:
         return Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
 
 
+class JudgeError(RuntimeError):
+    """A judge that is not ours failed: it cannot be reached, or answers with errors."""
+
+
+class EndpointPairwiseJudge:
+    """A model behind an OpenAI-compatible server compares two answers, as
+    :class:`SelfPairwiseJudge` does, but is read by the letter that it answers with.
+
+    An answer without a letter counts for neither and lowers the decision mass.
+    """
+
+    def __init__(self, config: JudgeConfig, renderer: Renderer) -> None:
+        """
+        Raises:
+            ConfigError: the client is not installed.
+        """
+        assert config.endpoint is not None
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError(
+                "judge.type = 'endpoint' needs the package openai: pip install "
+                "'fastalign[endpoint]'"
+            ) from None
+        self.errors = openai
+        self.endpoint = config.endpoint
+        self.renderer = renderer
+        self.principles = config.principles or (None,)
+        self.letters = tuple(token.strip() for token in config.decision_tokens)
+        self.tie = config.tie_threshold
+        self.client = openai.OpenAI(
+            base_url=self.endpoint.base_url,
+            # Servers of one's own take any key, and the client insists on one.
+            api_key=os.environ.get(self.endpoint.api_key_env) or "none",
+            max_retries=self.endpoint.max_retries,
+            timeout=self.endpoint.timeout_s,
+        )
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        """
+        Raises:
+            ConfigError: the server refuses the request: its address, model or key is wrong.
+            JudgeError: the server does not answer, after all retries.
+        """
+        asked = [
+            self.renderer.judge_messages(pair.prompt, first, second, principle)
+            for pair in pairs
+            for principle in self.principles
+            for first, second in ((pair.a, pair.b), (pair.b, pair.a))
+        ]
+        with ThreadPoolExecutor(self.endpoint.max_concurrency) as pool:
+            said = list(pool.map(self._ask, asked))
+        table = np.array(said).reshape(-1, len(self.principles), 2, 2)
+        verdicts = [verdict(scores, self.tie) for scores in table]
+        return [
+            Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
+            for pair, seen in zip(pairs, verdicts, strict=True)
+        ]
+
+    def _ask(self, messages: list[Any]) -> tuple[float, float]:
+        """(1, 0) for the first answer, (0, 1) for the second, (0, 0) for no letter."""
+        where = f"{self.endpoint.base_url}, model {self.endpoint.model!r}"
+        try:
+            reply = self.client.chat.completions.create(
+                model=self.endpoint.model,
+                messages=messages,
+                temperature=0.0,
+                max_tokens=self.endpoint.max_tokens,
+            )
+        except (
+            self.errors.BadRequestError,
+            self.errors.AuthenticationError,
+            self.errors.PermissionDeniedError,
+            self.errors.NotFoundError,
+        ) as error:
+            raise ConfigError(f"judge.endpoint: {where} refuses: {error}") from None
+        except self.errors.OpenAIError as error:
+            raise JudgeError(f"judge.endpoint: {where}: {error}") from error
+        text = (reply.choices[0].message.content or "") if reply.choices else ""
+        found = re.search(rf"\b({'|'.join(map(re.escape, self.letters))})\b", text)
+        if found is None:
+            return 0.0, 0.0
+        return (1.0, 0.0) if found[1] == self.letters[0] else (0.0, 1.0)
+
+
 def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
     """Join both orders and K principles of one pair.
 
@@ -199,6 +287,8 @@ def make_judge(
     itself and sees whole batches.
     """
     rule = load_rule(config, kind)
+    if config.type == "endpoint":
+        return EndpointPairwiseJudge(config, renderer)
     if rule is None:
         assert next_logprobs is not None
         return SelfPairwiseJudge(config, renderer, next_logprobs, max_tokens)
@@ -211,14 +301,16 @@ _METHODS = {"written": "judge", "pairwise": "compare"}
 
 
 def load_rule(config: JudgeConfig, kind: str, key: str = "judge") -> Any:
-    """The object that a rule judge names, None for a self judge; ``key`` is the recipe's section.
+    """The object that a rule judge names, None for another judge; ``key`` is the recipe's section.
 
     Raises:
         ConfigError: there is no such object, or the judge cannot give verdicts of this kind.
     """
-    if config.type == "self":
+    if config.type != "rule":
         if kind != "pairwise":
-            raise ConfigError(f"{key}.type = 'self': written judgments need {key}.type: rule")
+            raise ConfigError(
+                f"{key}.type = {config.type!r}: written judgments need {key}.type: rule"
+            )
         return None
     if config.path is None:
         raise ConfigError(f"{key}.path is missing: a rule judge names its callable")

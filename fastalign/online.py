@@ -223,8 +223,8 @@ def next_logprobs(run: Run, who: JudgeConfig) -> judge.NextLogprobs:
 
 
 def check_decision_mass(who: JudgeConfig, key: str, mass: float) -> None:
-    """Refuse a self judge that does not answer with its decision tokens."""
-    if who.type == "self" and mass < who.min_decision_mass:
+    """Refuse a model as judge that does not answer with its decision tokens."""
+    if who.type != "rule" and mass < who.min_decision_mass:
         raise ConfigError(
             f"the {key} puts P(A) + P(B) = {mass:.2f} on its decision tokens, less than "
             f"{key}.min_decision_mass = {who.min_decision_mass}: train it with method: jsft first"

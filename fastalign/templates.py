@@ -355,6 +355,23 @@ class Renderer:
         if first is not None:
             first["content"] = f"{system}\n\n{first['content']}"
 
+    def judge_messages(
+        self, messages: Messages, a: str, b: str, principle: str | None = None
+    ) -> list[Message]:
+        """The comparison of two answers as a system turn and a question, in the words that
+        :meth:`judge_prompt_ids` puts before the model itself."""
+        system = self._judge_system(principle)
+        asked = [{"role": "system", "content": system}] if system else []
+        return [*asked, {"role": "user", "content": self._judge_question(messages, a, b)}]
+
+    def _judge_system(self, principle: str | None) -> str:
+        if principle is None:
+            return self.judge.system
+        return self.judge.principle_system.format(principle=principle)
+
+    def _judge_question(self, messages: Messages, a: str, b: str) -> str:
+        return self.judge.prompt.format(dialogue=_transcript(messages), a=a, b=b)
+
     def _judge_text(
         self,
         messages: Messages,
@@ -363,16 +380,12 @@ class Renderer:
         principle: str | None,
         tools: Tools,
     ) -> str:
-        judge = self.judge
-        system = judge.system
-        if principle is not None:
-            system = judge.principle_system.format(principle=principle)
-        question = judge.prompt.format(dialogue=_transcript(messages), a=a, b=b)
+        question = self._judge_question(messages, a, b)
         if self.template.format == "text":
             question = self.template.prompt.format(instruction=question)
         asked = [{"role": "user", "content": question}]
-        self._open_with(system, asked)
-        return self._render(asked, tools, open_answer=True) + judge.decision
+        self._open_with(self._judge_system(principle), asked)
+        return self._render(asked, tools, open_answer=True) + self.judge.decision
 
     def _render(
         self,

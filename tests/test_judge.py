@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import recipe
+from support import recipe, rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from fastalign import judge
 from fastalign.config import ConfigError, JudgeConfig, RolloutConfig
 from fastalign.episodes import Episode, Verdict
-from fastalign.judge import Answer, Pair, judge_metrics, judge_pairs, judge_written, make_judge
+from fastalign.judge import (
+    Answer,
+    JudgeError,
+    Pair,
+    judge_metrics,
+    judge_pairs,
+    judge_written,
+    make_judge,
+)
 from fastalign.model import load_tokenizer
+from fastalign.online import check_decision_mass
 from fastalign.plugins import load_object
 from fastalign.rollout import Rollout
 from fastalign.rollout.hf import HfEngine
@@ -438,3 +450,138 @@ def test_a_file_that_fails_is_tried_again(tmp_path):
         load_object(f"{path}:f", "judge.path")
     path.write_text("f = 3")
     assert load_object(f"{path}:f", "judge.path") == 3
+
+
+# ---------------------------------------------------------------------------------- endpoints
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers as told, and remembers what it was asked."""
+
+    answer: Callable[[str], tuple[int, str]]
+    asked: list[dict]
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request["path"], request["key"] = self.path, self.headers["Authorization"]
+        type(self).asked.append(request)
+        status, text = type(self).answer(request["messages"][-1]["content"])
+        body = {"error": {"message": text}}
+        if status == 200:
+            message = {"role": "assistant", "content": text}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+            body["choices"] = [choice]
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    Mine = type("Mine", (Server,), {"asked": []})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Mine)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    Mine.url = f"http://127.0.0.1:{running.server_port}/v1"
+    yield Mine
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def endpoint(server, renderer, **keys):
+    place = {"base_url": server.url, "model": "m", "api_key_env": "MY_KEY", "max_retries": 2}
+    config = JudgeConfig(type="endpoint", endpoint=place, **keys)
+    return make_judge(config, "pairwise", renderer, None, 0)
+
+
+def prefers(word: str):
+    """Whichever response holds the word; always the first when neither does."""
+
+    def answer(question: str) -> tuple[int, str]:
+        a, b = question.split("### Response A")[1].split("### Response B")
+        return 200, "B." if word in b and word not in a else "The better response is A"
+
+    return answer
+
+
+def test_an_endpoint_is_asked_in_both_orders(server, renderer, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    server.answer = staticmethod(prefers("good"))
+    who = endpoint(server, renderer, principles=("honesty", "brevity"))
+    pairs = [Pair(USER, "good", "bad"), Pair(USER, "bad", "good"), Pair(USER, "bad", "worse")]
+    first, second, undecided = who.compare(pairs)
+    assert (first.preferred, first.score_a, first.score_b) == ("a", 1.0, 0.0)
+    assert (second.preferred, second.flipped, second.first_slot) == ("b", False, 0.5)
+    # The same slot in both orders says nothing about the answers.
+    assert (undecided.preferred, undecided.flipped, undecided.first_slot) == (None, True, 1.0)
+    assert len(server.asked) == 3 * 2 * 2
+    request = server.asked[0]
+    assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer secret")
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("m", 0.0, 16)
+    assert [m["role"] for m in request["messages"]] == ["system", "user"]
+    systems = {r["messages"][0]["content"] for r in server.asked}
+    assert len(systems) == 2 and all("honesty" in s or "brevity" in s for s in systems)
+
+
+def test_an_endpoint_that_is_busy_is_asked_again(server, renderer):
+    refusals = iter([429, 503])
+
+    def answer(question):
+        status = next(refusals, 200)
+        return status, "A" if status == 200 else "not now"
+
+    server.answer = staticmethod(answer)
+    (seen,) = endpoint(server, renderer).compare([Pair(USER, "one", "two")])
+    assert (seen.first_slot, seen.mass) == (1.0, 1.0) and len(server.asked) == 4
+
+
+def test_an_endpoint_without_a_verdict_has_no_mass(server, renderer):
+    server.answer = staticmethod(lambda question: (200, "Both are fine, Alice."))
+    (seen,) = endpoint(server, renderer).compare([Pair(USER, "one", "two")])
+    assert (seen.preferred, seen.mass) == (None, 0.0)
+    with pytest.raises(ConfigError, match=r"the eval_judge puts P\(A\) \+ P\(B\) = 0\.00"):
+        check_decision_mass(JudgeConfig(type="endpoint"), "eval_judge", seen.mass)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (401, ConfigError, "model 'm' refuses: .*no such key"),
+        (404, ConfigError, "model 'm' refuses: .*no such key"),
+        (500, JudgeError, "model 'm': .*no such key"),
+    ],
+)
+def test_an_endpoint_that_fails_is_named(server, renderer, status, kind, message):
+    server.answer = staticmethod(lambda question: (status, "no such key"))
+    with pytest.raises(kind, match=message):
+        endpoint(server, renderer).compare([Pair(USER, "one", "two")])
+
+
+def test_an_endpoint_measures_a_run(server, sharp_llama, tmp_path, quiet_process):
+    """The judge of evaluation is another one than that of training."""
+    server.answer = staticmethod(prefers("the"))
+    held_out = write_rows(tmp_path / "held-out.jsonl", rows("prompt", 3, seed=3))
+    config = recipe(
+        "cut",
+        sharp_llama,
+        tmp_path,
+        online={"iterations": 1, "prompts_per_iteration": 4},
+        judge={"path": "fastalign.demo.rules:judge_natural"},
+        eval_datasets=[{"path": str(held_out)}],
+        eval_steps=1,
+        eval_judge={"type": "endpoint", "endpoint": {"base_url": server.url, "model": "m"}},
+    )
+    metrics = train(config)
+    assert 0 <= metrics["eval/win_rate"] <= 1 and metrics["eval/judge_mass"] == 1.0
+    assert len(server.asked) >= 2 * 3 * 2
+
+
+def test_an_endpoint_writes_no_judgments(renderer):
+    with pytest.raises(ConfigError, match="type = 'endpoint': written judgments need"):
+        make_judge(JudgeConfig(type="endpoint"), "written", renderer, None, 0)
