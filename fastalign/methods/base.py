@@ -10,9 +10,9 @@ import torch
 
 from fastalign.batch import Batch
 from fastalign.config import Config, ConfigError
-from fastalign.data import Example, Kind, Record
+from fastalign.data import Example, Kind, Record, Stream
 from fastalign.episodes import Episode
-from fastalign.templates import Renderer, fit
+from fastalign.templates import Renderer, fit, fit_stream
 
 JudgeKind = Literal["written", "pairwise"]
 
@@ -93,6 +93,14 @@ class BaseMethod:
         if self.config.normalization == "record":
             return float(len(examples))
         return float(sum(int(e.streams[0].loss_mask.sum()) for e in examples))
+
+    def conversation(self, record: Record, renderer: Renderer) -> Stream:
+        """A dialogue, every assistant turn of which is a target unless it says otherwise."""
+        stream = renderer.conversation(record.messages, tools=record.tools, source=record.source)
+        fitted = fit_stream(stream, self.config.max_length)
+        if isinstance(fitted, str):
+            raise Dropped(fitted)
+        return fitted
 
     def fit(self, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
         """Cut the completion to ``max_length``; a prompt that leaves no room drops the record."""

@@ -9,7 +9,7 @@ from fastalign import losses
 from fastalign.batch import Batch
 from fastalign.data import Example, Record, Stream
 from fastalign.methods.base import BaseMethod, Dropped, Metrics, total
-from fastalign.templates import Renderer, fit_stream
+from fastalign.templates import Renderer
 
 
 class Jsft(BaseMethod):
@@ -21,13 +21,8 @@ class Jsft(BaseMethod):
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         if record.kind == "messages":
-            conversation = renderer.conversation(
-                record.messages, tools=record.tools, source=record.source
-            )
-            fitted = fit_stream(conversation, self.config.max_length)
-            if isinstance(fitted, str):
-                raise Dropped(fitted)
-            return [Example((fitted,), record.weight, record.source)]
+            dialogue = self.conversation(record, renderer)
+            return [Example((dialogue,), record.weight, record.source)]
         if record.completion is not None:
             return [self.demonstration(record, record.completion, renderer)]
         assert record.chosen is not None and record.rejected is not None

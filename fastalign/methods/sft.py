@@ -9,7 +9,7 @@ from fastalign.batch import Batch
 from fastalign.data import Example, Kind, Record, Stream
 from fastalign.episodes import Episode
 from fastalign.methods.base import BaseMethod, Dropped, JudgeKind, Metrics, total
-from fastalign.templates import Renderer, fit_stream
+from fastalign.templates import Renderer
 
 
 class Sft(BaseMethod):
@@ -20,13 +20,7 @@ class Sft(BaseMethod):
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         if record.kind == "messages":
-            conversation = renderer.conversation(
-                record.messages, tools=record.tools, source=record.source
-            )
-            fitted = fit_stream(conversation, self.config.max_length)
-            if isinstance(fitted, str):
-                raise Dropped(fitted)
-            streams = (fitted,)
+            streams = (self.conversation(record, renderer),)
         else:
             assert record.completion is not None
             prompt_ids, completion_ids = renderer.completion(
