@@ -53,7 +53,7 @@ def _load_file(file: str) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # whatever stopped it: half a module must not be found again
         del sys.modules[name]
         raise
     return module

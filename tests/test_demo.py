@@ -162,6 +162,7 @@ def outcome(seed, before, after):
         "before": side(before, [4.0, 6.0], reference_logprob=[-1.0, -2.0]),
         "after": side(after, [5.0, 7.0], reference_logprob=[-1.5, -2.5]),
         "budget": {"updates": 3},
+        "made by": {"commit": "c"},
     }
 
 

@@ -96,7 +96,12 @@ def summary(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, 
         by_seed = [changes(outcome) for outcome in outcomes]
         entry: dict[str, Any] = {
             "seeds": [
-                {"seed": outcome["seed"], **side, "budget": outcome["budget"]}
+                {
+                    "seed": outcome["seed"],
+                    "commit": outcome["made by"]["commit"],
+                    **side,
+                    "budget": outcome["budget"],
+                }
                 for side, outcome in zip(sides, outcomes, strict=True)
             ],
             "mean": {
