@@ -19,6 +19,7 @@ from fastalign.demo.rules import (
     judge_habit,
     judge_natural,
     opening_spans,
+    prefer_by_coin,
 )
 from fastalign.judge import Answer
 from fastalign.templates import Renderer
@@ -77,6 +78,16 @@ def test_shuffling_deals_out_the_same_judgments():
     plain = [rule(PROMPT, text) for text in texts]
     dealt = Shuffled(rule).judge([Answer(PROMPT, text) for text in texts])
     assert dealt != plain and sorted(map(str, dealt)) == sorted(map(str, plain))
+
+
+def test_the_coin_decides_what_the_rule_decides_and_nothing_else():
+    """Antisymmetric, so that both orders agree; right on about half of the pairs."""
+    pairs = [(f"{OPENINGS[i % 3]} Bread {i} rises.", f"Water {i} boils.") for i in range(200)]
+    tossed = [prefer_by_coin(PROMPT, a, b) for a, b in pairs]
+    assert [prefer_by_coin(PROMPT, b, a) for a, b in pairs] == [-x for x in tossed]
+    assert set(tossed) == {1.0, -1.0} and 80 < tossed.count(1.0) < 120
+    assert prefer_by_coin(PROMPT, "Bread rises.", "Water boils.") == 0
+    assert prefer_by_coin(PROMPT, f"{OPENINGS[0]} A.", f"{OPENINGS[1]} B.") == 0
 
 
 def test_held_out_prompts_are_about_other_topics():
@@ -236,15 +247,14 @@ def test_a_budget_counts_what_was_logged(tmp_path):
     assert demo.budget("a-run") == {"updates": 3, "examples": 10, "sampled answers": 20}
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_preferences_follow_the_rule_unless_shuffled(tmp_path, monkeypatch, shuffled):
+def test_preferences_follow_the_rule(tmp_path, monkeypatch):
     demo = run.Demo.__new__(run.Demo)
     demo.folder, demo.seed = tmp_path, 0
     demo.training = [f"p{i}" for i in range(run.SFT_PROMPTS)]
     answers = [[f"first {i}", f"second {i}"] for i in range(run.SFT_PROMPTS)]
     monkeypatch.setattr(demo, "base_answers", lambda: (answers, []), raising=False)
-    lines = Path(demo.preference_rows(shuffled)).read_text().splitlines()
+    lines = Path(demo.preference_rows()).read_text().splitlines()
     rows = [yaml.safe_load(line) for line in lines]
     right = [bool(opening_spans(r["rejected"])) > bool(opening_spans(r["chosen"])) for r in rows]
     assert len(rows) == run.SFT_PROMPTS
-    assert np.mean(right) == 1.0 if not shuffled else 0.35 < np.mean(right) < 0.65
+    assert all(right)

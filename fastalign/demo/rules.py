@@ -6,6 +6,7 @@ A rule knows the spans that it objects to, so the demo can count how many of the
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,16 @@ class Shuffled:
         judgments = [self.rule(answer.prompt, answer.text) for answer in answers]
         order = np.random.default_rng(len(answers)).permutation(len(answers))
         return [judgments[i] for i in order]
+
+
+def prefer_by_coin(prompt: Sequence[Mapping[str, Any]], a: str, b: str) -> float:
+    """A control: decides the pairs that the rule for openings decides, but tosses a coin for the
+    answer it prefers, the same in both orders."""
+    if bool(opening_spans(a)) == bool(opening_spans(b)):
+        return 0.0
+    first, second = sorted((a, b))
+    heads = zlib.crc32(f"{first}\0{second}".encode()) % 2 == 0
+    return 1.0 if (a == first) == heads else -1.0
 
 
 WRITTEN = {"habit": judge_habit, "natural": judge_natural}

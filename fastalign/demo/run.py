@@ -64,7 +64,11 @@ CUT_VARIANTS = (
 )
 JUDGE_VARIANTS = (
     Variant("self-judge", {}),
-    Variant("shuffled preference labels", {"shuffle_labels": True}),
+    # The judge after JSFT is right on the pairs that the rule decides; a coin is right on half.
+    Variant(
+        "shuffled preference labels",
+        {"judge": {"type": "rule", "path": f"{RULES}:prefer_by_coin"}},
+    ),
 )
 
 
@@ -186,15 +190,12 @@ class Demo:
         """JSFT on pairs that follow the rule, then on-policy training on the model's own
         judgments.  Returns as :meth:`cut` does."""
         base = self.habit_model()
-        shuffled = bool(variant.changes.get("shuffle_labels"))
-        suffix = _slug(variant.name)
-        limit = {"max_steps": self.budget("self-judge-self-judge")["updates"]} if shuffled else {}
         judge = self.train(
-            f"jsft-{suffix}",
+            "jsft",
             method="jsft",
             model_name_or_path=base,
             datasets=[
-                {"path": self.preference_rows(shuffled)},
+                {"path": self.preference_rows()},
                 # Demonstrations with the habit: the policy is to lose it by judging itself.
                 {
                     "path": str(self.folder / "habit-sft.jsonl"),
@@ -209,39 +210,42 @@ class Demo:
             global_batch_size=8,
             **LORA,
         )
-        policy = self.train(
-            f"self-judge-{suffix}",
-            method="dpo",
-            model_name_or_path=base,
-            adapter_name_or_path=judge,
-            datasets=[
+        recipe: dict[str, Any] = {
+            "method": "dpo",
+            "model_name_or_path": base,
+            "adapter_name_or_path": judge,
+            "datasets": [
                 {
                     "path": self.write_rows(
                         "prompts.jsonl", [{"prompt": p} for p in self.training[SFT_PROMPTS:]]
                     )
                 }
             ],
-            online={"iterations": 4, "prompts_per_iteration": 40, "num_generations": 2},
-            judge={"type": "self", "model": "reference", "tie_threshold": TIE},
+            "online": {"iterations": 4, "prompts_per_iteration": 40, "num_generations": 2},
+            "judge": {"type": "self", "model": "reference", "tie_threshold": TIE},
             # On a CPU vLLM applies adapters six times slower than the embedded engine does.
-            rollout={"engine": "auto" if torch.cuda.is_available() else "hf"},
-            temperature=1.0,
-            top_p=0.9,
-            max_completion_length=96,
-            beta=0.1,
-            learning_rate=4e-4,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_ratio=0.1,
-            global_batch_size=8,
-            **limit,
+            "rollout": {"engine": "auto" if torch.cuda.is_available() else "hf"},
+            "temperature": 1.0,
+            "top_p": 0.9,
+            "max_completion_length": 96,
+            "beta": 0.1,
+            "learning_rate": 4e-4,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_ratio": 0.1,
+            "global_batch_size": 8,
             **LORA,
-        )
+            **variant.changes,
+        }
+        name = _slug(variant.name)
+        if variant != JUDGE_VARIANTS[0]:
+            recipe["max_steps"] = self.budget("self-judge")["updates"]
+        policy = self.train(name, **recipe)
         pairs = self.measure(
             "judge-pairs", kind="habit", model=base, prompts=self.held_out, samples=2
         )["texts"]
         measured = {
             side: self.measure(
-                f"self-judge-{suffix}-{side}",
+                target,
                 kind="habit",
                 model=base,
                 adapter=adapter,
@@ -249,13 +253,16 @@ class Demo:
                 judge_pairs=pairs,
                 tie_threshold=TIE,
             )
-            for side, adapter in (("before", judge), ("after", policy))
+            for side, target, adapter in (
+                ("before", "jsft-measured", judge),
+                ("after", f"{name}-after", policy),
+            )
         }
-        return {"seed": self.seed, **measured, **self.facts(f"self-judge-{suffix}")}
+        return {"seed": self.seed, **measured, **self.facts(name)}
 
-    def preference_rows(self, shuffled: bool) -> str:
+    def preference_rows(self) -> str:
         """Pairs of two different answers, one of them with an empty opening, which the rule
-        rejects; ``shuffled`` tosses a coin for the label instead."""
+        rejects."""
         rng = np.random.default_rng((self.seed, 2))
         rows = []
         for prompt, (first, second) in zip(
@@ -263,11 +270,9 @@ class Demo:
         ):
             chosen = first.strip()
             rejected = f"{OPENINGS[rng.integers(len(OPENINGS))]} {second.strip()}"
-            if shuffled and rng.random() < 0.5:
-                chosen, rejected = rejected, chosen
             if chosen and second.strip():
                 rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-        return self.write_rows(f"preferences{'-shuffled' if shuffled else ''}.jsonl", rows)
+        return self.write_rows("preferences.jsonl", rows)
 
     # --------------------------------------------------------------------------------- tools
 
