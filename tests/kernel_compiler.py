@@ -93,7 +93,7 @@ def _signature(function: triton.JITFunction, tiling: Tiling, dtype: str, flags: 
     if tiling.tma and not plain:
         types = {name: f"tensordesc<{dtype}[{r},{c}]>" for name, (r, c) in blocks.items()}
     types |= {"bias": f"*{dtype}", "target": "*i64", "softcap": "fp32", "temperature": "fp32"}
-    types |= dict.fromkeys(("n", "start", "end", "depth"), "i32")
+    types |= dict.fromkeys(("n", "start", "end", "vocab", "depth"), "i32")
     types |= dict.fromkeys(("h_stride", "w_stride", "out_stride"), "i32")
     constants = {
         **flags,

@@ -11,13 +11,17 @@ import importlib
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.autograd.function import once_differentiable
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.functional import logsigmoid
 
-# Modules that offer linear_logprob_forward and linear_logprob_backward with reference's signatures.
+from fastalign_kernels import _dispatch, reference
+from fastalign_kernels.reference import Exponentials, HeadForward
+
+# Modules with reference's functions of the head.
 _IMPLEMENTATIONS = {"torch": "reference", "triton": "triton_head"}
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -52,6 +56,10 @@ def linear_logprob(
     ignore_index: int = -100,
     impl: str | None = None,
     return_entropy: bool = False,
+    grad_rows: int | None = None,
+    memory_budget: int = 0,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
 ) -> TokenLogprobs:
     """Log-probs of targets under softmax(z), z = cap(hidden weight^T + bias) / temperature.
 
@@ -62,146 +70,464 @@ def linear_logprob(
         g_m = g_logp (1 - p) - g_log1mp p
         dz_t = g_m                    dz_j = -g_m q_j
 
-    The [N, V] logits are never held.  One pass is a product of 2 N D V operations: without a
-    gradient the op takes 1.  When neither weight nor bias want a gradient it takes 2: the forward
-    keeps dm/dhidden [N, D], which no upstream gradient can change, and the backward scales its
-    rows without touching the weight.  A trained weight takes 4, since the backward computes the
-    logits again.
+    The [N, V] logits are never held.  One pass is a product of 2 N D V operations:
 
-    Ignored rows never reach the products.  Autocast has no say: the inputs' dtype decides.
+    - rows without a gradient take 1;
+    - when neither weight nor bias want a gradient, rows take 2: the forward keeps dm/dhidden
+      [N, D], which no upstream gradient can change, and the backward scales its rows without
+      touching the weight;
+    - a trained weight takes 4, since the backward computes the logits again, or 3 when their
+      exponentials fit in ``memory_budget``.
+
+    Ignored rows never reach the products.  Autocast has no say: the inputs' dtype decides.  A
+    second derivative raises.
+
+    With ``group`` each rank has all rows and a slice of the vocabulary, and gets the whole
+    gradient of ``hidden`` and that of its slice.  All ranks have to make the same calls.
 
     Args:
         hidden: [N, D] last hidden states; bf16, fp16, fp32 or fp64.
         weight: [V, D] LM head, V >= 2, dtype and device of ``hidden``.
-        target: [N] int64 token ids in [0, V), or ``ignore_index``.
+        target: [N] int64 token ids in [0, V), or ``ignore_index``; with ``group`` ids of the whole
+            vocabulary.
         bias: [V] of the head.
         softcap: cap on the raw logits, in logits, > 0 (Gemma).
         temperature: divides the capped logits, > 0.
         ignore_index: target of rows that give 0 and take no gradient.
-        impl: "torch", also what None takes, or "triton" (on a GPU; no fp64).
+        impl: "torch" or "triton" (on a GPU; no fp64).  None is Triton on a GPU where it can be,
+            torch elsewhere; what was chosen is logged once.
         return_entropy: also compute the entropy, at the cost of one more pass over the logits,
             none over the head.
+        grad_rows: the first so many rows take gradients, the others (of a reference model that
+            shares the head) give values alone.  Default: all.
+        memory_budget: bytes that a trained head may keep from forward to backward; takes effect
+            from N x V x (bytes of the dtype) on, and not in fp16, whose range is too small.
+        group: ranks that share the vocabulary.
+        vocab_start: token id of the first row of ``weight``, with ``group``.
 
     Raises:
         ValueError: an argument has a shape, dtype, device or value other than the above.  Targets
             out of range raise on the CPU alone: elsewhere the check would wait for the device.
     """
     _check_tensors(hidden, weight, target, bias)
-    implementation = _implementation(impl, hidden)
-    _check_numbers(softcap, temperature)
-    _check_targets(target, weight.shape[0], ignore_index)
-    logprob, log1m_prob, entropy = _LinearLogprob.apply(
+    _check_numbers(softcap, temperature, memory_budget)
+    _dispatch.check_impl(impl)
+    n = hidden.shape[0]
+    if grad_rows is not None and not 0 <= grad_rows <= n:
+        raise ValueError(f"grad_rows = {grad_rows}: must be in [0, {n}], the rows of hidden")
+    if vocab_start and group is None:
+        raise ValueError(f"vocab_start = {vocab_start}: only a head shared by a group has one")
+    rows = n if grad_rows is None else grad_rows
+    # What is wanted is read here: inside the op there is no gradient.
+    keep = _what_to_keep(hidden, weight, bias, rows, memory_budget)
+    log_odds, _, _, _, _, entropy = _log_odds(
         hidden,
         weight,
-        bias,
         target,
-        _Call(
-            implementation=implementation,
-            # Autograd functions run with gradients off: what is wanted has to be read out here.
-            hidden_grad=_wants_grad(hidden),
-            head_grad=_wants_grad(weight) or _wants_grad(bias),
-            entropy=return_entropy,
-            logits={
-                "softcap": softcap,
-                "temperature": temperature,
-                "ignore_index": ignore_index,
-            },
-        ),
+        bias,
+        softcap,
+        temperature,
+        ignore_index,
+        impl,
+        rows,
+        keep,
+        return_entropy,
+        None if group is None else group.group_name,
+        vocab_start,
     )
-    return TokenLogprobs(logprob, log1m_prob, entropy)
+    ignored = target == ignore_index
+    # Masked before and after: neither the value of an ignored row nor the gradient that comes down
+    # to it, which may be NaN, counts.
+    return TokenLogprobs(
+        logsigmoid(log_odds).masked_fill(ignored, 0.0),
+        logsigmoid(-log_odds).masked_fill(ignored, 0.0),
+        entropy.detach() if return_entropy else None,
+    )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """All that crosses the autograd boundary besides tensors."""
-
-    implementation: ModuleType
-    hidden_grad: bool
-    head_grad: bool
-    entropy: bool
-    logits: dict[str, Any]
+# What the forward keeps for the backward.
+NOTHING, UNIT_GRAD, EXPONENTIALS, INPUTS = "nothing", "unit_grad", "exponentials", "inputs"
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        call: _Call,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        ctx.call = call
-        with torch.autocast(hidden.device.type, enabled=False):
-            log_odds, log_rest, unit_grad, entropy = call.implementation.linear_logprob_forward(
-                hidden,
-                weight,
-                target,
-                bias,
-                unit_grad=call.hidden_grad and not call.head_grad,
-                entropy=call.entropy,
-                **call.logits,
-            )
-        if call.head_grad:
-            ctx.save_for_backward(target, log_odds, log_rest, hidden, weight, bias)
-        elif call.hidden_grad:
-            # Nothing of the head: under ZeRO-3 its weight is scattered again by now.
-            ctx.save_for_backward(target, log_odds, unit_grad)
-            ctx.hidden_dtype = hidden.dtype
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        ignored = target == call.logits["ignore_index"]
-        return (
-            logsigmoid(log_odds).masked_fill_(ignored, 0.0),
-            logsigmoid(-log_odds).masked_fill_(ignored, 0.0),
-            entropy,
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprob: torch.Tensor, grad_log1m_prob: torch.Tensor, _: Any
-    ) -> tuple[torch.Tensor | None, ...]:
-        call = ctx.call
-        target, log_odds, *saved = ctx.saved_tensors
-        grad_log_odds = grad_logprob * torch.sigmoid(-log_odds)
-        grad_log_odds -= grad_log1m_prob * torch.sigmoid(log_odds)
-        # Not a product with 0: the upstream gradient of a row that does not count may be NaN.
-        grad_log_odds.masked_fill_(target == call.logits["ignore_index"], 0.0)
-        if not call.head_grad:
-            (unit_grad,) = saved
-            return (grad_log_odds[:, None] * unit_grad).to(ctx.hidden_dtype), *[None] * 4
-        log_rest, hidden, weight, bias = saved
-        with torch.autocast(hidden.device.type, enabled=False):
-            grads = call.implementation.linear_logprob_backward(
-                grad_log_odds,
-                log_rest,
-                hidden,
-                weight,
-                target,
-                bias,
-                wanted=ctx.needs_input_grad[:3],
-                **call.logits,
-            )
-        return *grads, None, None
+def _what_to_keep(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    memory_budget: int,
+) -> str:
+    if not (_wants_grad(weight) or _wants_grad(bias)):
+        return UNIT_GRAD if _wants_grad(hidden) else NOTHING
+    bytes_kept = rows * reference.padded_vocab(weight.shape[0]) * hidden.element_size()
+    if bytes_kept <= memory_budget and hidden.dtype != torch.float16:
+        return EXPONENTIALS
+    return INPUTS
 
 
 def _wants_grad(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _implementation(impl: str | None, hidden: torch.Tensor) -> ModuleType:
-    name = "torch" if impl is None else impl
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl = {impl!r}: available are {', '.join(_IMPLEMENTATIONS)}")
-    if name == "triton" and hidden.dtype == torch.float64:
-        raise ValueError(f"impl = 'triton': hidden is {_describe(hidden)}, and fp64 needs 'torch'")
-    # Triton reads when it is imported whether it is to interpret, and not everybody has it.
-    module = importlib.import_module(f"fastalign_kernels.{_IMPLEMENTATIONS[name]}")
-    if name == "triton" and not (hidden.is_cuda or module.INTERPRETED):
-        raise ValueError("impl = 'triton': hidden is on the CPU, which needs 'torch'")
-    return module
+@torch.library.custom_op("fastalign_kernels::linear_log_odds", mutates_args=())
+def _log_odds(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str | None,
+    grad_rows: int,
+    keep: str,
+    entropy: bool,
+    group: str | None,
+    vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-odds [N], log_rest [G], unit gradient [G, D], exponentials [G, V] and their reference
+    [G], entropy [N]) with G the rows that take gradients.
+
+    What is not wanted is empty, and ignored rows hold 0; exponentials are those of the rows that
+    count, behind each other.
+    """
+    outputs = _new_outputs(hidden, weight, grad_rows, keep, entropy)
+    ranks = _ranks(group)
+    _check_targets(target, weight.shape[0], ignore_index, ranks)
+    module = _module(impl, hidden)
+    for rows, kept in ((slice(0, grad_rows), keep), (slice(grad_rows, None), NOTHING)):
+        index = _counted(target[rows], ignore_index)
+        x, y = _taken(hidden[rows], index), _taken(target[rows], index) - vocab_start
+        if not len(y):
+            continue
+        # Another rank's targets; negative ids would count from the end.
+        y.masked_fill_((y < 0) | (y >= weight.shape[0]), weight.shape[0])
+        options = {"softcap": softcap, "temperature": temperature, "entropy": entropy}
+        with torch.autocast(hidden.device.type, enabled=False):
+            if kept == EXPONENTIALS:
+                found = module.linear_logprob_exponentials(
+                    x, weight, y, bias, out=outputs.exponentials[: len(y)], **options
+                )
+            else:
+                found = module.linear_logprob_forward(
+                    x, weight, y, bias, unit_grad=kept == UNIT_GRAD, **options
+                )
+        if ranks is not None:
+            found = _joined(found, ranks, weight, y, temperature)
+        log_odds = found.target_logit - found.log_rest
+        _put(outputs.log_odds[rows], index, log_odds)
+        if found.rest_entropy is not None:
+            # H = H(p, 1 - p) + (1 - p) H(q)
+            p, other = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+            both = torch.special.entr(p) + torch.special.entr(other) + other * found.rest_entropy
+            _put(outputs.entropy[rows], index, both)
+        if kept != NOTHING:
+            _put(outputs.log_rest, index, found.log_rest)
+        if found.unit_grad is not None:
+            if index is None:
+                outputs = outputs._replace(unit_grad=found.unit_grad)  # without a copy
+            else:
+                _put(outputs.unit_grad, index, found.unit_grad)
+        if found.kept is not None:
+            _put_target(found, y, weight.shape[0])
+            outputs.reference[: len(y)] = found.kept.reference
+    return outputs
+
+
+@_log_odds.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str | None,
+    grad_rows: int,
+    keep: str,
+    entropy: bool,
+    group: str | None,
+    vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _new_outputs(hidden, weight, grad_rows, keep, entropy)
+
+
+class _Outputs(NamedTuple):
+    log_odds: torch.Tensor
+    log_rest: torch.Tensor
+    unit_grad: torch.Tensor
+    exponentials: torch.Tensor
+    reference: torch.Tensor
+    entropy: torch.Tensor
+
+
+def _new_outputs(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: int, keep: str, entropy: bool
+) -> _Outputs:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    n, d = hidden.shape
+    exponentials = (rows, reference.padded_vocab(weight.shape[0]))
+    return _Outputs(
+        log_odds=hidden.new_zeros(n, dtype=wide),
+        log_rest=hidden.new_zeros(rows if keep != NOTHING else 0, dtype=wide),
+        unit_grad=hidden.new_zeros((rows, d) if keep == UNIT_GRAD else 0, dtype=wide),
+        exponentials=hidden.new_zeros(exponentials if keep == EXPONENTIALS else 0),
+        reference=hidden.new_zeros(rows if keep == EXPONENTIALS else 0, dtype=wide),
+        entropy=hidden.new_zeros(n if entropy else 0, dtype=wide),
+    )
+
+
+@torch.library.custom_op("fastalign_kernels::linear_log_odds_backward", mutates_args=())
+def _log_odds_backward(
+    grad_log_odds: torch.Tensor,
+    log_rest: torch.Tensor,
+    exponentials: torch.Tensor,
+    reference_logit: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str | None,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    group: str | None,
+    vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the first G rows of hidden [N, D], of weight and of bias, with G the length of
+    ``log_rest``; empty where none is wanted."""
+    rows = len(log_rest)
+    index = _counted(target[:rows], ignore_index)
+    x, y = _taken(hidden[:rows], index), _taken(target[:rows], index) - vocab_start
+    y.masked_fill_((y < 0) | (y >= weight.shape[0]), weight.shape[0])
+    grad, rest = _taken(grad_log_odds[:rows], index), _taken(log_rest, index)
+    wanted = (want_hidden, want_weight, want_bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if exponentials.numel():
+            scale = torch.exp(reference_logit[: len(y)] - rest).mul_(grad).div_(-temperature)
+            grads = _backward_from(exponentials[: len(y)], scale, x, weight, bias, wanted)
+        else:
+            grads = _module(impl, hidden).linear_logprob_backward(
+                grad,
+                rest,
+                x,
+                weight,
+                y,
+                bias,
+                softcap=softcap,
+                temperature=temperature,
+                wanted=wanted,
+            )
+    grad_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty(0)
+    if grads[0] is not None:
+        if group is not None:
+            dist.all_reduce(grads[0], group=_ranks(group))
+        _put(grad_hidden[:rows], index, grads[0].to(hidden.dtype))
+    return (
+        grad_hidden,
+        hidden.new_empty(0) if grads[1] is None else grads[1],
+        hidden.new_empty(0) if grads[2] is None else grads[2],
+    )
+
+
+@_log_odds_backward.register_fake
+def _(
+    grad_log_odds: torch.Tensor,
+    log_rest: torch.Tensor,
+    exponentials: torch.Tensor,
+    reference_logit: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str | None,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+    group: str | None,
+    vocab_start: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(hidden) if want_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if want_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if want_bias and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    (hidden, weight, target, bias, *ctx.numbers, ctx.keep, _, ctx.group, ctx.vocab_start) = inputs
+    _, log_rest, unit_grad, exponentials, reference_logit, _ = output
+    # Only the log-odds have a gradient; zeros for the others would be as large as they are.
+    ctx.set_materialize_grads(False)
+    ctx.hidden_dtype = hidden.dtype
+    if ctx.keep == UNIT_GRAD:
+        # Nothing of the head: under ZeRO-3 its weight is scattered again by the backward.
+        ctx.save_for_backward(unit_grad)
+    elif ctx.keep != NOTHING:
+        ctx.save_for_backward(log_rest, exponentials, reference_logit, hidden, weight, target, bias)
+
+
+def _backward(ctx: Any, grad_log_odds: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 13
+    if grad_log_odds is None:
+        return nothing
+    if ctx.keep == UNIT_GRAD:
+        (unit_grad,) = ctx.saved_tensors
+        rows = len(unit_grad)
+        grad_hidden = (grad_log_odds[:rows, None] * unit_grad).to(ctx.hidden_dtype)
+        below = len(grad_log_odds) - rows
+        if below:
+            grad_hidden = torch.nn.functional.pad(grad_hidden, (0, 0, 0, below))
+        return grad_hidden, *nothing[1:]
+    softcap, temperature, ignore_index, impl, _rows = ctx.numbers
+    want_hidden, want_weight, _, want_bias = ctx.needs_input_grad[:4]
+    grads = _log_odds_backward(
+        grad_log_odds,
+        *ctx.saved_tensors,
+        softcap,
+        temperature,
+        ignore_index,
+        impl,
+        want_hidden,
+        want_weight,
+        want_bias,
+        ctx.group,
+        ctx.vocab_start,
+    )
+    return (
+        grads[0] if want_hidden else None,
+        grads[1] if want_weight else None,
+        None,
+        grads[2] if want_bias else None,
+        *nothing[4:],
+    )
+
+
+_log_odds.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _module(impl: str | None, hidden: torch.Tensor) -> ModuleType:
+    name = _dispatch.choose("linear_logprob", impl, hidden.device, hidden.dtype)
+    # Triton is imported where it runs: it reads then whether it is to interpret, and not everybody
+    # has it.
+    return importlib.import_module(f"fastalign_kernels.{_IMPLEMENTATIONS[name]}")
+
+
+def _counted(target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    """Indices of the rows that count, or None when all do."""
+    index = (target != ignore_index).nonzero()[:, 0]
+    return None if len(index) == len(target) else index
+
+
+def _taken(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return x if index is None else x[index]
+
+
+def _put(out: torch.Tensor, index: torch.Tensor | None, value: torch.Tensor) -> None:
+    if index is None:
+        out.copy_(value)
+    else:
+        out[index] = value
+
+
+# ------------------------------------------------------------------- a head shared by a group
+
+
+def _ranks(name: str | None) -> dist.ProcessGroup | None:
+    """A group by its name: operators take no groups."""
+    return None if name is None else _resolve_process_group(cast(Any, name))
+
+
+def _joined(
+    found: HeadForward,
+    ranks: dist.ProcessGroup,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    temperature: float,
+) -> HeadForward:
+    """What the whole head says, from what each rank's slice does."""
+    peak = found.log_rest.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks)
+    share = torch.exp(found.log_rest - peak)
+    sums = [share, found.target_logit, found.target_slope]
+    if found.rest_entropy is not None:
+        # H(q) = log total + sum_r share_r (H(q_r) + peak - log_rest_r) / total
+        sums.append(share * (found.rest_entropy + (peak - found.log_rest)))
+    reduced = torch.stack(sums)
+    dist.all_reduce(reduced, group=ranks)
+    total = reduced[0]
+    unit_grad, kept = found.unit_grad, found.kept
+    if unit_grad is not None:
+        share = (share / total)[:, None]
+        # A rank that has the target holds all of its term, and a share of the others'.
+        own = weight[y.clamp_max(len(weight) - 1)] * (found.target_slope / temperature)[:, None]
+        unit_grad = share * unit_grad + (1 - share) * own
+        dist.all_reduce(unit_grad, group=ranks)
+    if kept is not None:
+        highest = kept.reference.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=ranks)
+        kept.values.mul_(torch.exp(kept.reference - highest)[:, None].to(kept.values.dtype))
+        kept = Exponentials(kept.values, highest)
+    return HeadForward(
+        target_logit=reduced[1],
+        target_slope=reduced[2],
+        log_rest=peak + total.log(),
+        unit_grad=unit_grad,
+        rest_entropy=None if found.rest_entropy is None else total.log() + reduced[3] / total,
+        kept=kept,
+    )
+
+
+# ------------------------------------------------------------------------ kept exponentials
+
+
+def _put_target(found: HeadForward, y: torch.Tensor, vocab: int) -> None:
+    """Complete kept exponentials, so that a row of dz is one number times the row:
+    dz_j = -g_m exp(reference - log_rest) values_j, at the target as well."""
+    assert found.kept is not None
+    values = found.kept.values
+    at_target = torch.exp(found.log_rest - found.kept.reference).mul_(-found.target_slope)
+    here = (y < vocab)[:, None]
+    column = y.clamp_max(vocab - 1)[:, None]
+    values.scatter_(
+        1, column, torch.where(here, at_target[:, None].to(values.dtype), values.gather(1, column))
+    )
+
+
+def _backward_from(
+    exponentials: torch.Tensor,
+    scale: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of hidden, weight and bias from dz = scale[:, None] * exponentials: 1 pass for
+    each of hidden and weight.  Rows are scaled where they are narrow: exponentials are only read.
+    """
+    want_hidden, want_weight, want_bias = wanted
+    grad_hidden = scale.new_zeros(hidden.shape) if want_hidden else None
+    grad_weight = torch.empty_like(weight) if want_weight else None
+    grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
+    scaled = (scale[:, None] * hidden).to(hidden.dtype) if want_weight else None
+    for start in range(0, len(weight), reference.BACKWARD_COLUMNS):
+        stop = min(start + reference.BACKWARD_COLUMNS, len(weight))
+        e = reference._operand(exponentials[:, start:stop])
+        if grad_hidden is not None:
+            reference._add_product(grad_hidden, e, reference._operand(weight[start:stop]))
+        if grad_weight is not None and scaled is not None:
+            grad_weight[start:stop] = reference._product(e.t(), reference._operand(scaled))
+        if grad_bias is not None:
+            grad_bias[start:stop] = scale @ e.to(scale.dtype)
+    if grad_hidden is not None:
+        grad_hidden *= scale[:, None]
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _check_tensors(
@@ -233,16 +559,24 @@ def _check_tensors(
             raise ValueError(f"{name} is on {tensor.device}: must be on hidden's {hidden.device}")
 
 
-def _check_numbers(softcap: float | None, temperature: float) -> None:
+def _check_numbers(softcap: float | None, temperature: float, memory_budget: int) -> None:
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap = {softcap!r}: must be a finite number > 0, or None")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature = {temperature!r}: must be a finite number > 0")
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget = {memory_budget!r}: must be a number of bytes >= 0")
 
 
-def _check_targets(target: torch.Tensor, vocab: int, ignore_index: int) -> None:
+def _check_targets(
+    target: torch.Tensor, vocab: int, ignore_index: int, ranks: dist.ProcessGroup | None
+) -> None:
     if target.device.type != "cpu":
         return
+    if ranks is not None:
+        whole = torch.tensor(vocab)
+        dist.all_reduce(whole, group=ranks)
+        vocab = int(whole)
     wrong = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if wrong.any():
         row = int(wrong.nonzero()[0])

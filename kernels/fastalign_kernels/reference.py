@@ -17,6 +17,44 @@ import torch
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 # A tile reads and writes [rows, D] accumulators: narrower ones would spend their time on that.
 MIN_TILE_COLUMNS = 2048
+# A sum of exponentials beyond this, or below its inverse, is taken again relative to the true
+# maximum, long before anything overflows.
+LARGEST_SUM = 1e30
+# Kept exponentials have rows of a multiple of this, as Triton's tensor descriptors need them.
+EXPONENTIALS_STEP = 8
+BACKWARD_COLUMNS = 16384
+
+
+@dataclass(frozen=True)
+class HeadForward:
+    """What a head, or one rank's slice of it, has to say about rows.
+
+    All in fp32, or fp64 for fp64 inputs.  q is the softmax over the tokens other than the target.
+
+    Attributes:
+        target_logit: [N] z_t; 0 where the target is not in this slice.
+        target_slope: [N] cap'_t; likewise.
+        log_rest: [N] logsumexp_{j != t} z_j.
+        unit_grad: [N, D] or None: (cap'_t W_t - sum_{j != t} q_j cap'_j W_j) / T.
+        rest_entropy: [N] or None: entropy of q in nats.
+        kept: None, or exponentials for the backward.
+    """
+
+    target_logit: torch.Tensor
+    target_slope: torch.Tensor
+    log_rest: torch.Tensor
+    unit_grad: torch.Tensor | None = None
+    rest_entropy: torch.Tensor | None = None
+    kept: Exponentials | None = None
+
+
+@dataclass(frozen=True)
+class Exponentials:
+    """``values`` [N, V rounded up to EXPONENTIALS_STEP], in the inputs' dtype: exp(z - reference)
+    cap' of the tokens other than the target, 0 at the target; ``reference`` [N]."""
+
+    values: torch.Tensor
+    reference: torch.Tensor
 
 
 def linear_logprob_forward(
@@ -27,31 +65,30 @@ def linear_logprob_forward(
     *,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
     unit_grad: bool,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Log-odds of the targets: 1 pass, or 2 with their gradient.
+) -> HeadForward:
+    """Logits of the targets against the rest: 1 pass, or 2 with the gradient of their difference.
 
-    Arguments are those of :func:`fastalign_kernels.linear_logprob`, already validated.  A tile's
-    exponentials are relative to the running maximum of their row over the tokens other than the
-    target, and what was summed before is scaled when that maximum rises.
+    A tile's exponentials are relative to the running maximum of their row over the tokens other
+    than the target, and what was summed before is scaled when that maximum rises.
 
-    Returns:
-        log_odds [N]: m = z_t - logsumexp_{j != t} z_j.
-        log_rest [N]: logsumexp_{j != t} z_j, for the backward.
-        unit_grad [N, D] or None: dm/dhidden = (cap'_t W_t - sum_{j != t} q_j cap'_j W_j) / T, with
-            q the softmax over the tokens other than t.
-        entropy [N] or None: over all tokens, in nats.
-
-        All are in fp32, or fp64 for fp64 inputs, and 0 in ignored rows.
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        target: [N] ids from 0; one of V or more is not in this slice of the head.
+        bias: [V] or None.
+        softcap: of :func:`fastalign_kernels.linear_logprob`.
+        temperature: likewise.
+        unit_grad: whether the gradient is wanted.
+        entropy: whether the entropy is wanted.
     """
     n, d = hidden.shape
     head = _Head(weight, bias, softcap, temperature)
-    log_odds, log_rest = hidden.new_zeros(2, n, dtype=head.wide)
-    out_unit = hidden.new_zeros(n, d, dtype=head.wide) if unit_grad else None
-    out_entropy = hidden.new_zeros(n, dtype=head.wide) if entropy else None
-    blocks, stretches = _tiles(target != ignore_index, head)
+    target_logit, target_slope, log_rest = hidden.new_empty(3, n, dtype=head.wide)
+    out_unit = hidden.new_empty(n, d, dtype=head.wide) if unit_grad else None
+    out_entropy = hidden.new_empty(n, dtype=head.wide) if entropy else None
+    blocks, stretches = _tiles(n, head)
     for rows in blocks:
         block = head.block(hidden[rows], target[rows])
         # Finite, so that a tile of -inf (a bias that bans tokens) adds zeros instead of NaN.
@@ -76,18 +113,78 @@ def linear_logprob_forward(
                 _add_product(pull.mul_(shrink), p.to(w.dtype), w)
             peak = new_peak
         total.clamp_min_(torch.finfo(head.wide).tiny)
-        rest = peak + total.log()
-        odds = block.target_logit - rest
-        log_odds[rows], log_rest[rows] = odds[:, 0], rest[:, 0]
+        target_logit[rows] = block.target_logit[:, 0]
+        target_slope[rows] = block.target_slope[:, 0]
+        log_rest[rows] = (peak + total.log())[:, 0]
         if out_unit is not None and pull is not None:
             unit = block.target_slope * block.target_weight - pull / total
             out_unit[rows] = unit.div_(temperature)
         if out_entropy is not None:
-            # H = H(p, 1 - p) + (1 - p) H(q)
-            p, other = torch.sigmoid(odds), torch.sigmoid(-odds)
-            within = other * (total.log() + surprise / total)
-            out_entropy[rows] = (torch.special.entr(p) + torch.special.entr(other) + within)[:, 0]
-    return log_odds, log_rest, out_unit, out_entropy
+            out_entropy[rows] = (total.log() + surprise / total)[:, 0]
+    return HeadForward(target_logit, target_slope, log_rest, out_unit, out_entropy)
+
+
+def linear_logprob_exponentials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    out: torch.Tensor,
+) -> HeadForward:
+    """:func:`linear_logprob_forward` that keeps the exponentials for the backward: 1 pass.
+
+    They are relative to one number for each row, the largest of its first logits.  Rows that lie
+    too far from it are worked through again relative to their true maximum.
+
+    Args:
+        out: [N, padded_vocab(V)] in hidden's dtype: where to keep them.
+    """
+    n, vocab = len(hidden), len(weight)
+    head = _Head(weight, bias, softcap, temperature)
+    target_logit, target_slope, log_rest, reference = hidden.new_empty(4, n, dtype=head.wide)
+    out_entropy = hidden.new_empty(n, dtype=head.wide) if entropy else None
+    blocks, stretches = _tiles(n, head)
+    far = []
+    for rows in blocks:
+        block = head.block(hidden[rows], target[rows])
+        base = head.peak(block, [(0, min(MIN_TILE_COLUMNS, vocab))])
+        total, surprise = head.keep(block, base, stretches, out[rows], entropy)
+        lost = ~((total < LARGEST_SUM) & (total > 1 / LARGEST_SUM))[:, 0]
+        if lost.any():
+            far.append(rows.start + lost.nonzero()[:, 0])
+        target_logit[rows] = block.target_logit[:, 0]
+        target_slope[rows] = block.target_slope[:, 0]
+        reference[rows] = base[:, 0]
+        total.clamp_min_(torch.finfo(head.wide).tiny)
+        log_rest[rows] = (base + total.log())[:, 0]
+        if out_entropy is not None:
+            out_entropy[rows] = (total.log() + surprise / total)[:, 0]
+    for index in far:
+        block = head.block(hidden[index], target[index])
+        base = head.peak(block, stretches)
+        some = out.new_empty(len(index), vocab)
+        total, surprise = head.keep(block, base, stretches, some, entropy)
+        out[index, :vocab], reference[index] = some, base[:, 0]
+        total.clamp_min_(torch.finfo(head.wide).tiny)
+        log_rest[index] = (base + total.log())[:, 0]
+        if out_entropy is not None:
+            out_entropy[index] = (total.log() + surprise / total)[:, 0]
+    return HeadForward(
+        target_logit,
+        target_slope,
+        log_rest,
+        rest_entropy=out_entropy,
+        kept=Exponentials(out, reference),
+    )
+
+
+def padded_vocab(vocab: int) -> int:
+    """Columns of kept exponentials: rows start at multiples of 16 bytes."""
+    return -(-vocab // EXPONENTIALS_STEP) * EXPONENTIALS_STEP
 
 
 def linear_logprob_backward(
@@ -100,7 +197,6 @@ def linear_logprob_backward(
     *,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of hidden, weight and bias from the logits computed again: 1 pass, and 1 more for
@@ -111,19 +207,19 @@ def linear_logprob_backward(
     and written once, and no [V, D] accumulator exists.
 
     Args:
-        grad_log_odds: [N] g_m, in the dtype of ``log_rest``; 0 in ignored rows.
-        log_rest: [N] from the forward.
+        grad_log_odds: [N] g_m, in the dtype of ``log_rest``.
+        log_rest: [N] from the forward; over all slices when the head is sliced.
         wanted: whether hidden, weight and bias want a gradient.
 
     Returns:
-        Gradients of hidden [N, D], weight [V, D] and bias [V] in their dtypes, None if unwanted.
+        Gradients of hidden [N, D] in the dtype of ``log_rest``, and of weight [V, D] and bias [V]
+        in theirs; None if unwanted.
     """
     want_hidden, want_weight, want_bias = wanted
     head = _Head(weight, bias, softcap, temperature)
-    grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-    grad_weight = torch.empty_like(weight) if want_weight else None
-    grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
-    blocks, stretches = _tiles(target != ignore_index, head)
+    grad_weight = torch.zeros_like(weight) if want_weight else None
+    grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
+    blocks, stretches = _tiles(len(hidden), head)
     work = []
     for rows in blocks:
         block = head.block(hidden[rows], target[rows])
@@ -153,10 +249,10 @@ def linear_logprob_backward(
             grad_weight[start:stop] = sum_weight
         if grad_bias is not None and sum_bias is not None:
             grad_bias[start:stop] = sum_bias
-    if grad_hidden is not None:
-        for rows, (*_, pull) in zip(blocks, work, strict=True):
-            assert pull is not None
-            grad_hidden[rows] = pull.to(hidden.dtype)
+    pulls = [pull for *_, pull in work if pull is not None]
+    grad_hidden = log_rest.new_zeros(hidden.shape) if want_hidden else None
+    if grad_hidden is not None and pulls:
+        torch.cat(pulls, out=grad_hidden)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -169,7 +265,7 @@ class _Block:
     near: torch.Tensor  # [rows, 1] raw logits around which products may be rounded
     target_weight: torch.Tensor  # [rows, D] W_t
     target_logit: torch.Tensor  # [rows, 1] z_t
-    target_slope: torch.Tensor | float  # [rows, 1] cap'_t
+    target_slope: torch.Tensor  # [rows, 1] cap'_t, 0 where the target is not in this slice
 
 
 @dataclass(frozen=True)
@@ -188,9 +284,11 @@ class _Head:
 
     def block(self, hidden: torch.Tensor, y: torch.Tensor) -> _Block:
         """What concerns the targets y [rows], in full precision whatever the products have."""
-        target_weight = self.weight[y].to(self.wide)
+        here = (y < len(self.weight))[:, None]
+        index = y.clamp_max(len(self.weight) - 1)
+        target_weight = self.weight[index].to(self.wide).masked_fill_(~here, 0.0)
         raw = torch.einsum("nd,nd->n", hidden.to(self.wide), target_weight)[:, None]
-        biased = raw.clone() if self.bias is None else raw + self.bias[y, None]
+        biased = raw.clone() if self.bias is None else raw + self.bias[index, None] * here
         logit, slope = self._cap(biased)
         h = _operand(hidden)
         return _Block(
@@ -199,7 +297,7 @@ class _Head:
             near=self._near(h, y, raw) if _rounds(h) else raw,
             target_weight=target_weight,
             target_logit=logit,
-            target_slope=1.0 if slope is None else slope,
+            target_slope=here.to(self.wide) if slope is None else slope * here,
         )
 
     def tile(
@@ -211,6 +309,37 @@ class _Head:
         if self.bias is not None:
             raw += self.bias[start:stop]
         return w, *self._cap(raw)
+
+    def peak(self, block: _Block, stretches: list[tuple[int, int]]) -> torch.Tensor:
+        """Largest logit [rows, 1] of the tokens other than the target, or the least number that is
+        finite where a bias bans them all."""
+        peak = torch.full_like(block.target_logit, torch.finfo(self.wide).min)
+        for start, stop in stretches:
+            _, z, _ = self.tile(block, start, stop)
+            _set_target(z, block.y - start, -torch.inf)
+            peak = torch.maximum(peak, z.amax(dim=1, keepdim=True))
+        return peak
+
+    def keep(
+        self,
+        block: _Block,
+        reference: torch.Tensor,
+        stretches: list[tuple[int, int]],
+        out: torch.Tensor,
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """exp(z - reference) cap' into ``out``; their sums [rows, 1], and of their surprise."""
+        total, surprise = torch.zeros_like(reference), torch.zeros_like(reference)
+        for start, stop in stretches:
+            _, z, slope = self.tile(block, start, stop)
+            _set_target(z, block.y - start, -torch.inf)
+            z.sub_(reference)
+            p = z.exp() if entropy else z.exp_()
+            total += p.sum(dim=1, keepdim=True)
+            if entropy:
+                surprise -= torch.where(p > 0, p * z, 0.0).sum(dim=1, keepdim=True)
+            out[:, start:stop] = p if slope is None else p.mul_(slope)
+        return total, surprise
 
     def _cap(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits in place of raw ones, and cap' = 1 - tanh^2 or None where it is 1."""
@@ -231,16 +360,16 @@ class _Head:
         return _set_target(few, y, -torch.inf).amax(dim=1, keepdim=True)
 
 
-def _tiles(kept: torch.Tensor, head: _Head) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-    """Indices of the kept rows in blocks, and the vocabulary in stretches (start, stop).
+def _tiles(n: int, head: _Head) -> tuple[list[slice], list[tuple[int, int]]]:
+    """The rows in blocks, and the vocabulary in stretches (start, stop).
 
     One block times one stretch has no more than TILE_BYTES of logits.
     """
-    rows = kept.nonzero()[:, 0]
     vocab = head.weight.shape[0]
-    budget = TILE_BYTES.get(rows.device.type, TILE_BYTES["cuda"]) // head.wide.itemsize
-    columns = min(vocab, max(MIN_TILE_COLUMNS, budget // max(len(rows), 1)))
-    blocks = list(rows.split(max(1, budget // columns))) if len(rows) else []
+    budget = TILE_BYTES.get(head.weight.device.type, TILE_BYTES["cuda"]) // head.wide.itemsize
+    columns = min(vocab, max(MIN_TILE_COLUMNS, budget // max(n, 1)))
+    height = max(1, budget // columns)
+    blocks = [slice(a, min(a + height, n)) for a in range(0, n, height)]
     return blocks, [(a, min(a + columns, vocab)) for a in range(0, vocab, columns)]
 
 

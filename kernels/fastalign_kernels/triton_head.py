@@ -15,20 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Kernels run in Python, on the CPU's tensors: how they are tested without a GPU.
-INTERPRETED = triton.knobs.runtime.interpret
+from fastalign_kernels.reference import LARGEST_SUM, Exponentials, HeadForward
+
 # Columns of the vocabulary that go through both products at a time.  An fp32 accumulator of N x D
 # is read and written once for each: at 16384 that costs 6 % of a pass.
 CHUNK_COLUMNS = 16384
 REFERENCE_COLUMNS = 1024
-# A sum beyond this is taken again relative to the true maximum, long before products overflow.
-LARGEST_SUM = 1e30
 
 
 @dataclass(frozen=True)
@@ -246,25 +245,26 @@ def grad_kernel(h, w, bias, target, n, start, end, depth, h_stride, w_stride, so
 
 
 @triton.jit
-def target_kernel(h, w, bias, target, n, depth, h_stride, w_stride, softcap, temperature, logits,
-                  slopes, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BN: tl.constexpr,
+def target_kernel(h, w, bias, target, n, vocab, depth, h_stride, w_stride, softcap, temperature,
+                  logits, slopes, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BN: tl.constexpr,
                   BK: tl.constexpr):  # fmt: skip
-    """Logit of each row's target and its slope, summed in fp32."""
+    """Logit of each row's target and its slope, summed in fp32; 0 for a target of ``vocab``."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     live = rows < n
     y = tl.load(target + rows, mask=live, other=0).to(tl.int64)
+    here = live & (y < vocab)
     raw = tl.zeros((BN,), dtype=tl.float32)
     for k in range(0, depth, BK):
         ks = k + tl.arange(0, BK)
-        inside = live[:, None] & (ks < depth)[None, :]
+        inside = here[:, None] & (ks < depth)[None, :]
         a = tl.load(h + rows.to(tl.int64)[:, None] * h_stride + ks[None, :], mask=inside, other=0.0)
         b = tl.load(w + y[:, None] * w_stride + ks[None, :], mask=inside, other=0.0)
         raw += tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
     if HAS_BIAS:
-        raw += tl.load(bias + y).to(tl.float32)
+        raw += tl.load(bias + y, mask=here, other=0.0).to(tl.float32)
     z, slope = _capped(raw, softcap, temperature, HAS_CAP)
     tl.store(logits + rows, z, mask=live)
-    tl.store(slopes + rows, slope, mask=live)
+    tl.store(slopes + rows, tl.where(here, slope, 0.0), mask=live)
 
 
 class _Head:
@@ -347,7 +347,7 @@ class _Head:
         )
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """z_t and cap'_t, [n] each."""
+        """z_t and cap'_t, [n] each; 0 for a target that is not in this slice."""
         logits, slopes = self.hidden.new_empty(2, self.n, dtype=torch.float32)
         rows, depth = 32, 64
         target_kernel[(triton.cdiv(self.n, rows),)](
@@ -356,6 +356,7 @@ class _Head:
             self.bias,
             self.target,
             self.n,
+            self.vocab,
             self.depth,
             self.hidden.stride(0),
             self.weight.stride(0),
@@ -399,25 +400,58 @@ class _Head:
         total = torch.zeros_like(reference)
         surprise = torch.zeros_like(reference) if entropy else None
         for start, end, p in self.chunks():
-            sums = self._partial(end - start)
-            surprises = self._partial(end - start) if entropy else sums
-            out = self._operand(p, self.tiling.rows, self.tiling.columns)
-            self._launch(
-                exp_kernel,
-                start,
-                end,
-                reference,
-                out,
-                p.stride(0),
-                sums,
-                surprises,
-                ENTROPY=entropy,
-            )
-            total += sums.sum(dim=0)
-            if surprise is not None:
-                surprise += surprises.sum(dim=0)
+            self._exponentials(reference, start, end, p, total, surprise)
             _add_product(pull, p, self.weight[start:end])
         return pull, total, surprise
+
+    def keep(
+        self, reference: torch.Tensor, entropy: bool, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """p cap' into ``out`` [n, padded vocabulary]; (sum p, surprise [n])."""
+        total = torch.zeros_like(reference)
+        surprise = torch.zeros_like(reference) if entropy else None
+        self._exponentials(reference, 0, self.vocab, out[:, : self.vocab], total, surprise)
+        return total, surprise
+
+    def _exponentials(
+        self,
+        reference: torch.Tensor,
+        start: int,
+        end: int,
+        out: torch.Tensor,
+        total: torch.Tensor,
+        surprise: torch.Tensor | None,
+    ) -> None:
+        sums = self._partial(end - start)
+        surprises = self._partial(end - start) if surprise is not None else sums
+        self._launch(
+            exp_kernel,
+            start,
+            end,
+            reference,
+            self._operand(out, self.tiling.rows, self.tiling.columns),
+            out.stride(0),
+            sums,
+            surprises,
+            ENTROPY=surprise is not None,
+        )
+        total += sums.sum(dim=0)
+        if surprise is not None:
+            surprise += surprises.sum(dim=0)
+
+    def reference(self) -> torch.Tensor:
+        """What each row's exponentials are to be relative to [n]."""
+        if self.hidden.dtype == torch.float16:
+            return self.true_peak()
+        peak = self.peak(min(REFERENCE_COLUMNS, self.vocab))
+        # -inf where the bias bans them all, or the only other token is the target: any number
+        # serves.
+        return peak.masked_fill_(peak == -torch.inf, 0.0)
+
+    def true_peak(self) -> torch.Tensor:
+        """Largest logit [n] of the tokens other than the target; finite."""
+        peak = self.peak(self.vocab)
+        return peak.masked_fill_(peak == -torch.inf, torch.finfo(torch.float32).min)
 
     def rows(self, index: torch.Tensor) -> _Head:
         """The same head for some of the rows."""
@@ -441,84 +475,87 @@ def linear_logprob_forward(
     *,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
     unit_grad: bool,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> HeadForward:
     """See :func:`fastalign_kernels.reference.linear_logprob_forward`: 1 pass, 2 with the gradient
     (3 in fp16)."""
-    n, d = hidden.shape
-    log_odds, log_rest = hidden.new_zeros(2, n, dtype=torch.float32)
-    out_unit = hidden.new_zeros(n, d, dtype=torch.float32) if unit_grad else None
-    out_entropy = hidden.new_zeros(n, dtype=torch.float32) if entropy else None
-    kept = _kept(target, ignore_index)
-    if kept is not None:
-        hidden, target = hidden[kept], target[kept]
-    if len(target):
-        head = _Head(hidden, weight, target, bias, softcap, temperature, entropy)
-        found = _unit_forward(head, entropy) if unit_grad else _forward(head, entropy)
-        for out, value in zip((log_odds, log_rest, out_unit, out_entropy), found, strict=True):
-            if out is not None and value is not None:
-                _put(out, kept, value)
-    return log_odds, log_rest, out_unit, out_entropy
-
-
-Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
-def _forward(head: _Head, entropy: bool) -> Found:
-    logits, _ = head.targets()
-    peak, total, surprise = head.reduce(entropy)
-    return _join(logits, peak, total, surprise, None)
-
-
-def _unit_forward(head: _Head, entropy: bool) -> Found:
+    head = _Head(hidden, weight, target, bias, softcap, temperature, entropy)
     logits, slopes = head.targets()
-    if head.hidden.dtype == torch.float16:
-        reference = head.peak(head.vocab)
-    else:
-        reference = head.peak(min(REFERENCE_COLUMNS, head.vocab))
-    # -inf where the bias bans them all, or the only other token is the target: any number serves.
-    reference = torch.where(reference == -torch.inf, logits, reference)
+    if not unit_grad:
+        peak, total, surprise = head.reduce(entropy)
+        return _found(logits, slopes, peak, total, surprise)
+    reference = head.reference()
     pull, total, surprise = head.pull(reference, entropy)
-    far = ~(total <= LARGEST_SUM)
-    if head.hidden.dtype != torch.float16:
-        far |= total < 1 / LARGEST_SUM
-        if bool(far.any()):
-            index = far.nonzero()[:, 0]
-            some = head.rows(index)
-            true_peak = some.peak(some.vocab)
-            reference[index] = true_peak.masked_fill(
-                true_peak == -torch.inf, torch.finfo(torch.float32).min
-            )
-            again = some.pull(reference[index], entropy)
-            pull[index], total[index] = again[0], again[1]
-            if surprise is not None and again[2] is not None:
-                surprise[index] = again[2]
-    total_1 = total.clamp_min(torch.finfo(torch.float32).tiny)
-    unit = slopes[:, None] * head.weight[head.target].float()
-    unit -= pull / total_1[:, None]
-    unit /= head.temperature
-    return _join(logits, reference, total, surprise, unit[:, : head.width])
+    index = _far(total) if hidden.dtype != torch.float16 else None
+    if index is not None:
+        some = head.rows(index)
+        reference[index] = some.true_peak()
+        again = some.pull(reference[index], entropy)
+        pull[index], total[index] = again[0], again[1]
+        if surprise is not None and again[2] is not None:
+            surprise[index] = again[2]
+    unit = slopes[:, None] * _rows_of(head.weight, head.target).float()
+    unit -= pull / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    unit /= temperature
+    return _found(logits, slopes, reference, total, surprise, unit_grad=unit[:, : head.width])
 
 
-def _join(
+def linear_logprob_exponentials(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    softcap: float | None,
+    temperature: float,
+    entropy: bool,
+    out: torch.Tensor,
+) -> HeadForward:
+    """See :func:`fastalign_kernels.reference.linear_logprob_exponentials`: 1 pass."""
+    head = _Head(hidden, weight, target, bias, softcap, temperature, entropy)
+    logits, slopes = head.targets()
+    reference = head.reference()
+    total, surprise = head.keep(reference, entropy, out)
+    index = _far(total)
+    if index is not None:
+        some = head.rows(index)
+        reference[index] = some.true_peak()
+        rows = out.new_empty(len(index), out.shape[1])
+        total[index], again = some.keep(reference[index], entropy, rows)
+        out[index, : head.vocab] = rows[:, : head.vocab]
+        if surprise is not None and again is not None:
+            surprise[index] = again
+    return _found(logits, slopes, reference, total, surprise, kept=Exponentials(out, reference))
+
+
+def _found(
     logits: torch.Tensor,
+    slopes: torch.Tensor,
     peak: torch.Tensor,
     total: torch.Tensor,
     surprise: torch.Tensor | None,
-    unit: torch.Tensor | None,
-) -> Found:
+    **others: Any,
+) -> HeadForward:
     total = total.clamp_min(torch.finfo(torch.float32).tiny)
-    log_rest = peak + total.log()
-    log_odds = logits - log_rest
-    if surprise is None:
-        return log_odds, log_rest, unit, None
-    # H = H(p, 1 - p) + (1 - p) H(q)
-    p, other = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
-    entropy = torch.special.entr(p) + torch.special.entr(other)
-    entropy += other * (total.log() + surprise / total)
-    return log_odds, log_rest, unit, entropy
+    return HeadForward(
+        target_logit=logits,
+        target_slope=slopes,
+        log_rest=peak + total.log(),
+        rest_entropy=None if surprise is None else total.log() + surprise / total,
+        **others,
+    )
+
+
+def _far(total: torch.Tensor) -> torch.Tensor | None:
+    """Indices of rows whose reference was too far from their maximum, None without any."""
+    far = ~((total < LARGEST_SUM) & (total > 1 / LARGEST_SUM))
+    return far.nonzero()[:, 0] if bool(far.any()) else None
+
+
+def _rows_of(weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """W_t [n, D]; any row for a target that is not in this slice."""
+    return weight[target.clamp_max(len(weight) - 1)]
 
 
 def linear_logprob_backward(
@@ -531,7 +568,6 @@ def linear_logprob_backward(
     *,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """See :func:`fastalign_kernels.reference.linear_logprob_backward`: 1 pass, and 1 more for each
@@ -541,16 +577,10 @@ def linear_logprob_backward(
     """
     want_hidden, want_weight, want_bias = wanted
     d = hidden.shape[1]
-    grad_hidden = torch.zeros_like(hidden) if want_hidden else None
     grad_weight = torch.zeros_like(weight) if want_weight else None
     grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
-    kept = _kept(target, ignore_index)
-    if kept is not None:
-        hidden, target = hidden[kept], target[kept]
-        grad_log_odds, log_rest = grad_log_odds[kept], log_rest[kept]
     if not len(target):
-        return grad_hidden, grad_weight, grad_bias
-
+        return log_rest.new_zeros(hidden.shape) if want_hidden else None, grad_weight, grad_bias
     head = _Head(hidden, weight, target, bias, softcap, temperature)
     _, slopes = head.targets()
     scale = torch.ones((), device=hidden.device)
@@ -582,22 +612,8 @@ def linear_logprob_backward(
             grad_weight[start:end] = _product(dz.t(), head.hidden)[:, :d] * scale
         if grad_bias is not None:
             grad_bias[start:end] = bias_sums.sum(dim=0) * scale
-    if grad_hidden is not None and pull is not None:
-        _put(grad_hidden, kept, (pull[:, :d] * scale).to(hidden.dtype))
+    grad_hidden = None if pull is None else pull[:, :d] * scale
     return grad_hidden, grad_weight, grad_bias
-
-
-def _kept(target: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Indices of the rows that count, or None when all do."""
-    kept = (target != ignore_index).nonzero()[:, 0]
-    return None if len(kept) == len(target) else kept
-
-
-def _put(out: torch.Tensor, kept: torch.Tensor | None, value: torch.Tensor) -> None:
-    if kept is None:
-        out.copy_(value)
-    else:
-        out[kept] = value
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
