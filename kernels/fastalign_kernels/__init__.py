@@ -3,3 +3,5 @@
 from fastalign_kernels.linear_logprob import TokenLogprobs, linear_logprob
 
 __all__ = ["TokenLogprobs", "linear_logprob"]
+
+__version__ = "0.1.0"  # of the distribution, the same as fastalign's
