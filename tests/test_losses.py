@@ -49,7 +49,6 @@ def cut_by_hand(
     min_judged_prob=0.0,
     normalization="record",
     misalign=True,
-    align_positive=True,
 ):
     """Loss, gradients by the log-odds m and by the judged ones, flags, and parts by record.
 
@@ -93,13 +92,11 @@ def cut_by_hand(
                 j += 1
             else:
                 part["align_p"] -= log_q / norm
-                grad_m[t] -= align_positive * w * (1 - q) / norm
+                grad_m[t] -= w * (1 - q) / norm
             flags.append(flag)
             t += 1
         total += w * (
-            align_positive * part["align_p"]
-            + part["align_n"]
-            + misalign * (part["likelihood"] + part["penalty"])
+            part["align_p"] + part["align_n"] + misalign * (part["likelihood"] + part["penalty"])
         )
         for name, value in part.items():
             parts[name].append(value)
@@ -167,7 +164,6 @@ def test_cut_gradient_by_log_q():
     "change",
     [
         {"misalign": False},
-        {"align_positive": False},
         {"min_judged_prob": 0.5},
         {"alpha": 0.0},
         {"gamma": 0.0, "negative_weight": 0.0},
@@ -318,29 +314,55 @@ def dpo_by_hand(loss_type, beta, smoothing, margin):
     ],
 )
 def test_dpo_loss(loss_type, beta, smoothing):
+    """Pairs of ragged answers; sums and, as for TRL's IPO, means."""
     rng = torch.Generator().manual_seed(0)
-    logps = -50 * torch.rand(4, 9, generator=rng, dtype=torch.float64)
-    logps[:, 0] = -3.0  # margin 0
-    logps.requires_grad_()
-    result = losses.dpo_loss(*logps, beta=beta, loss_type=loss_type, label_smoothing=smoothing)
-    result.losses.sum().backward()
-    for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(logps.t().tolist()):
-        margin = (chosen - ref_chosen) - (rejected - ref_rejected)
-        loss, slope = dpo_by_hand(loss_type, beta, smoothing, margin)
-        assert result.losses[i].item() == pytest.approx(loss, rel=1e-12, abs=1e-14)
-        assert logps.grad[:, i].tolist() == pytest.approx(
-            [slope, -slope, -slope, slope], rel=1e-12, abs=1e-14
+    lengths = [3, 1, 5, 2, 1, 1, 4, 7]
+    bounds = cu(lengths)
+    logprob, reference = -8 * torch.rand(2, sum(lengths), generator=rng, dtype=torch.float64)
+    logprob[:4] = reference[:4]  # margin 0
+    logprob.requires_grad_()
+    up = torch.rand(4, generator=rng, dtype=torch.float64)
+    for normalized in (False, True):
+        logprob.grad = None
+        result = losses.dpo_loss(
+            logprob,
+            reference,
+            bounds,
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=smoothing,
+            length_normalized=normalized,
         )
-        assert result.rewards_chosen[i].item() == pytest.approx(beta * (chosen - ref_chosen))
-        assert result.rewards_rejected[i].item() == pytest.approx(beta * (rejected - ref_rejected))
-    assert not result.rewards_chosen.requires_grad and not result.rewards_rejected.requires_grad
+        (up * result.losses).sum().backward()
+        for i in range(4):
+            answers = []
+            for s in (2 * i, 2 * i + 1):
+                tokens = slice(bounds[s], bounds[s + 1])
+                over = lengths[s] if normalized else 1
+                answers.append(
+                    (sum(logprob[tokens].tolist()) / over, sum(reference[tokens].tolist()) / over)
+                )
+            (chosen, ref_chosen), (rejected, ref_rejected) = answers
+            margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+            loss, slope = dpo_by_hand(loss_type, beta, smoothing, margin)
+            close = {"rel": 1e-11, "abs": 1e-12}
+            assert result.losses[i].item() == pytest.approx(loss, **close)
+            for s, sign in ((2 * i, 1), (2 * i + 1, -1)):
+                expected = sign * slope * up[i].item() / (lengths[s] if normalized else 1)
+                for value in logprob.grad[bounds[s] : bounds[s + 1]].tolist():
+                    assert value == pytest.approx(expected, **close)
+            assert result.logps_chosen[i].item() == pytest.approx(chosen, **close)
+            assert result.logps_rejected[i].item() == pytest.approx(rejected, **close)
+            reward = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+            assert result.rewards_chosen[i].item() == pytest.approx(reward[0], **close)
+            assert result.rewards_rejected[i].item() == pytest.approx(reward[1], **close)
+    assert not result.rewards_chosen.requires_grad and not result.logps_chosen.requires_grad
 
 
 def test_dpo_loss_far_from_the_reference():
-    chosen = torch.tensor([-2000.0, 0.0], requires_grad=True)
-    zero = torch.zeros(2)
-    losses.dpo_loss(chosen, torch.tensor([0.0, -2000.0]), zero, zero).losses.sum().backward()
-    assert chosen.grad.tolist() == pytest.approx([-0.1, 0.0])
+    logprob = torch.tensor([-2000.0, 0.0, 0.0, -2000.0], requires_grad=True)
+    losses.dpo_loss(logprob, torch.zeros(4), cu([1, 1, 1, 1])).losses.sum().backward()
+    assert logprob.grad.tolist() == pytest.approx([-0.1, 0.1, 0.0, 0.0])
 
 
 def test_cut_preset():
@@ -367,6 +389,8 @@ def test_cut_preset():
         ({"cu_tokens": torch.tensor([0.0, 4.0])}, "must be integers"),
         ({"cu_judged": cu([3])}, "cu_judged has 2 entries: must have 3"),
         ({"cu_judged": cu([1, 2])}, "record 1 has 2 judged tokens: must have 0 or its 3"),
+        ({"judged_logprob": torch.zeros(3).double()}, "judged_logprob is in torch.float64: must"),
+        ({"impl": "cuda"}, "impl = 'cuda': available are torch, triton"),
         ({"weight": torch.ones(3)}, r"weight is \[3\]: must be \[2\]"),
         ({"logprob": torch.zeros(2, 2), "log1m_prob": torch.zeros(2, 2)}, r"must be \[M\]"),
     ],
@@ -393,13 +417,14 @@ def test_cut_errors(change, message):
         ({"loss_type": "kto"}, "loss_type = 'kto': must be one of sigmoid, ipo, hinge"),
         ({"label_smoothing": 0.5}, r"label_smoothing = 0.5: must be in \[0, 0.5\)"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "only loss_type 'sigmoid' has it"),
-        ({"ref_chosen_logps": torch.zeros(2)}, r"ref_chosen_logps is \[2\]: must be \[3\]"),
+        ({"ref_logprob": torch.zeros(2)}, r"ref_logprob is \[2\] in torch.float32: must be \[3\]"),
+        ({"logprob": torch.zeros(3).half()}, "logprob is in torch.float16: must be in fp32"),
+        ({"cu": cu([1, 1, 1])}, r"cu has 4 entries: must have 2 P \+ 1"),
+        ({"cu": cu([1, 1])}, "cu runs from 0 to 2: must run from 0 to 3"),
+        ({"impl": "cuda"}, "impl = 'cuda': available are torch, triton"),
     ],
 )
 def test_dpo_errors(change, message):
-    arguments = {
-        name: torch.zeros(3)
-        for name in ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
-    }
+    arguments = {"logprob": torch.zeros(3), "ref_logprob": torch.zeros(3), "cu": cu([1, 2])}
     with pytest.raises(ValueError, match=message):
         losses.dpo_loss(**(arguments | change))

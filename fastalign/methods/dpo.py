@@ -82,23 +82,15 @@ class Dpo(BaseMethod):
         progress: float,
     ) -> tuple[torch.Tensor, Metrics]:
         assert reference is not None
-        sums: dict[str, torch.Tensor] = {}
-        for role in ("chosen", "rejected"):
-            index, cu, _ = batch.select(role)
-            sums[role] = losses.segment_sum(logprob[index], cu)
-            sums[f"ref_{role}"] = losses.segment_sum(reference[index], cu)
-            if self.config.loss_type == "ipo":
-                lengths = cu.diff().to(logprob.dtype)
-                sums[role] = sums[role] / lengths
-                sums[f"ref_{role}"] = sums[f"ref_{role}"] / lengths
+        # A pack's sequences are the answers in the order of the op: each pair's chosen one first.
         result = losses.dpo_loss(
-            sums["chosen"],
-            sums["rejected"],
-            sums["ref_chosen"],
-            sums["ref_rejected"],
+            logprob,
+            reference,
+            batch.cu_rows,
             beta=self.config.beta,
             loss_type=self.config.loss_type,
             label_smoothing=self.config.label_smoothing,
+            length_normalized=self.config.loss_type == "ipo",
         )
         live = batch.weights > 0
         margins = (result.rewards_chosen - result.rewards_rejected)[live]
@@ -107,7 +99,7 @@ class Dpo(BaseMethod):
             "rewards/rejected": total(result.rewards_rejected[live]),
             "rewards/margins": total(margins),
             "rewards/accuracies": total((margins > 0).double()),
-            "logps/chosen": total(sums["chosen"][live]),
-            "logps/rejected": total(sums["rejected"][live]),
+            "logps/chosen": total(result.logps_chosen[live]),
+            "logps/rejected": total(result.logps_rejected[live]),
         }
         return (result.losses * batch.weights).sum(), metrics

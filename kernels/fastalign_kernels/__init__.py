@@ -1,7 +1,19 @@
-"""Ops on the LM head that never hold the [tokens, vocabulary] logits."""
+"""Ops for alignment losses: per-token log-probs of an LM head that never hold the [tokens,
+vocabulary] logits, and the losses made of them."""
 
+from fastalign_kernels.contrastive_unlikelihood import CutLoss, contrastive_unlikelihood
 from fastalign_kernels.linear_logprob import TokenLogprobs, linear_logprob
+from fastalign_kernels.pair_preference import PreferenceLoss, pair_preference
+from fastalign_kernels.segments import segment_sum
 
-__all__ = ["TokenLogprobs", "linear_logprob"]
+__all__ = [
+    "CutLoss",
+    "PreferenceLoss",
+    "TokenLogprobs",
+    "contrastive_unlikelihood",
+    "linear_logprob",
+    "pair_preference",
+    "segment_sum",
+]
 
 __version__ = "0.1.0"  # of the distribution, the same as fastalign's

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -35,6 +37,13 @@ def choose(op: str, impl: str | None, device: torch.device, dtype: torch.dtype) 
         if device.type != "cuda" and not interpreted():
             raise ValueError(f"impl = 'triton': the inputs are on {device}, which needs 'torch'")
     return impl
+
+
+def losses_module(op: str, impl: str | None, values: torch.Tensor) -> ModuleType:
+    """The module with the implementation of a loss for these values."""
+    name = choose(op, impl, values.device, values.dtype)
+    module = {"torch": "reference_losses", "triton": "triton_losses"}[name]
+    return import_module(f"fastalign_kernels.{module}")
 
 
 def interpreted() -> bool:
