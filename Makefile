@@ -29,6 +29,9 @@ hash = $(shell { echo '$(CURDIR) $(TORCH_SPEC) $(EXTRAS)'; cat $(1); } | sha256s
 INSTALLED := $(VENV)/.installed-$(call hash,pyproject.toml)
 BUILT := $(VENV)/.built-$(call hash,setup.py CMakeLists.txt $(sort $(wildcard csrc/*)))
 
+# Run once in torch and once in Triton's interpreter.
+KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
+
 .PHONY: help .venv build lint format test bench demo clean
 
 help: ## Show this help
@@ -67,9 +70,9 @@ ifneq ($(GPU),yes)
 endif
 	touch $@ $(BUILT)
 
-build: .venv ## Build the extension, and the wheel and the sdist in dist/
-	rm -rf build dist # setuptools would ship what an older build left there
-	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-build-isolation --no-deps -w dist .
+build: .venv ## Build the extension, and wheels and the sdist in dist/
+	rm -rf build dist kernels/build # setuptools would ship what an older build left there
+	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-build-isolation --no-deps -w dist . ./kernels
 	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")'
 
 lint: .venv ## Check style and types
@@ -85,7 +88,7 @@ format: .venv ## Rewrite the sources in style
 
 test: .venv ## Run the tests
 	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q tests bench
-	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(BIN)/python -m pytest -q tests/test_linear_logprob.py
+	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(BIN)/python -m pytest -q $(KERNEL_TESTS)
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench
@@ -95,5 +98,6 @@ demo: .venv ## Run the demonstration
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info fastalign/_bridge.*.so
+	rm -rf kernels/build kernels/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

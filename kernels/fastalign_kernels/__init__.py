@@ -3,6 +3,7 @@ vocabulary] logits, and the losses made of them."""
 
 from fastalign_kernels.contrastive_unlikelihood import CutLoss, contrastive_unlikelihood
 from fastalign_kernels.linear_logprob import TokenLogprobs, linear_logprob
+from fastalign_kernels.logits_logprob import logits_logprob
 from fastalign_kernels.pair_preference import PreferenceLoss, pair_preference
 from fastalign_kernels.segments import segment_sum
 
@@ -12,6 +13,7 @@ __all__ = [
     "TokenLogprobs",
     "contrastive_unlikelihood",
     "linear_logprob",
+    "logits_logprob",
     "pair_preference",
     "segment_sum",
 ]

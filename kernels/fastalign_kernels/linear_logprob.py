@@ -8,7 +8,6 @@ log(1 - p) derived from a 32-bit log p is -inf.
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, cast
@@ -19,12 +18,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.functional import logsigmoid
 
 from fastalign_kernels import _dispatch, reference
+from fastalign_kernels._checks import DTYPES, check_numbers, check_targets, describe
 from fastalign_kernels.reference import Exponentials, HeadForward
 
 # Modules with reference's functions of the head.
 _IMPLEMENTATIONS = {"torch": "reference", "triton": "triton_head"}
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def linear_logprob(
             out of range raise on the CPU alone: elsewhere the check would wait for the device.
     """
     _check_tensors(hidden, weight, target, bias)
-    _check_numbers(softcap, temperature, memory_budget)
+    check_numbers(softcap, temperature)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget = {memory_budget!r}: must be a number of bytes >= 0")
     _dispatch.check_impl(impl)
     n = hidden.shape[0]
     if grad_rows is not None and not 0 <= grad_rows <= n:
@@ -192,7 +192,7 @@ def _log_odds(
     """
     outputs = _new_outputs(hidden, weight, grad_rows, keep, entropy)
     ranks = _ranks(group)
-    _check_targets(target, weight.shape[0], ignore_index, ranks)
+    check_targets(target, _whole_vocab(weight, ranks), ignore_index)
     module = _module(impl, hidden)
     for rows, kept in ((slice(0, grad_rows), keep), (slice(grad_rows, None), NOTHING)):
         index = _counted(target[rows], ignore_index)
@@ -444,6 +444,15 @@ def _ranks(name: str | None) -> dist.ProcessGroup | None:
     return None if name is None else _resolve_process_group(cast(Any, name))
 
 
+def _whole_vocab(weight: torch.Tensor, ranks: dist.ProcessGroup | None) -> int:
+    vocab = weight.shape[0]
+    if ranks is None or weight.device.type != "cpu":
+        return vocab
+    whole = torch.tensor(vocab)
+    dist.all_reduce(whole, group=ranks)
+    return int(whole)
+
+
 def _joined(
     found: HeadForward,
     ranks: dist.ProcessGroup,
@@ -533,58 +542,33 @@ def _backward_from(
 def _check_tensors(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    if hidden.ndim != 2 or hidden.dtype not in _DTYPES:
+    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
         raise ValueError(
-            f"hidden is {_describe(hidden)}: must be [N, D] in bf16, fp16, fp32 or fp64"
+            f"hidden is {describe(hidden)}: must be [N, D] in bf16, fp16, fp32 or fp64"
         )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if type(tensor).__name__ == "DTensor":  # not imported for this: that takes a second
+            raise ValueError(
+                f"{name} is a DTensor: must be whole; call this inside the forward of the module "
+                "that fully_shard was given, or pass a slice of the vocabulary with its group"
+            )
     if weight.ndim != 2 and weight.numel() == 0:
         raise ValueError(
-            f"weight is {_describe(weight)}: a parameter that ZeRO-3 has scattered; call this "
+            f"weight is {describe(weight)}: a parameter that ZeRO-3 has scattered; call this "
             "inside the forward of the module that DeepSpeed wraps"
         )
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] < 2:
         raise ValueError(
-            f"weight is {_describe(weight)}: must be [V, {hidden.shape[1]}] with V >= 2 for "
-            f"hidden {_describe(hidden)}"
+            f"weight is {describe(weight)}: must be [V, {hidden.shape[1]}] with V >= 2 for "
+            f"hidden {describe(hidden)}"
         )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"target is {_describe(target)}: must be [{hidden.shape[0]}] in int64")
+        raise ValueError(f"target is {describe(target)}: must be [{hidden.shape[0]}] in int64")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {_describe(bias)}: must be [{weight.shape[0]}]")
+        raise ValueError(f"bias is {describe(bias)}: must be [{weight.shape[0]}]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name} is in {tensor.dtype}: must be in hidden's {hidden.dtype}")
     for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}: must be on hidden's {hidden.device}")
-
-
-def _check_numbers(softcap: float | None, temperature: float, memory_budget: int) -> None:
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap = {softcap!r}: must be a finite number > 0, or None")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature = {temperature!r}: must be a finite number > 0")
-    if memory_budget < 0:
-        raise ValueError(f"memory_budget = {memory_budget!r}: must be a number of bytes >= 0")
-
-
-def _check_targets(
-    target: torch.Tensor, vocab: int, ignore_index: int, ranks: dist.ProcessGroup | None
-) -> None:
-    if target.device.type != "cpu":
-        return
-    if ranks is not None:
-        whole = torch.tensor(vocab)
-        dist.all_reduce(whole, group=ranks)
-        vocab = int(whole)
-    wrong = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target[{row}] = {int(target[row])}: must be in [0, {vocab}) or "
-            f"ignore_index = {ignore_index}"
-        )
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -326,6 +326,7 @@ class _Head:
             BK=t.depth,
             GROUP=t.group,
             num_warps=t.num_warps,
+            enable_fp_fusion=True,
             num_stages=t.num_stages,
         )
 
@@ -367,6 +368,7 @@ class _Head:
             **self.flags,
             BN=rows,
             BK=depth,
+            enable_fp_fusion=True,
         )
         return logits, slopes
 

@@ -221,6 +221,7 @@ def contrastive_unlikelihood_forward(
             MISALIGN=misalign,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return losses, flagged, parts
 
@@ -259,6 +260,7 @@ def contrastive_unlikelihood_backward(
             MISALIGN=misalign,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return grad_logprob, grad_log1m_prob, grad_judged
 
@@ -292,6 +294,7 @@ def pair_preference_forward(
             NORMALIZED=length_normalized,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return losses, slopes, answers
 
@@ -310,5 +313,6 @@ def pair_preference_backward(
             NORMALIZED=length_normalized,
             BLOCK=BLOCK,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return grad

@@ -1,0 +1,45 @@
+"""The fixture of the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from racing import CLOCK, RACES, Contestants, machine, measure
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture
+def race(benchmark, tmp_path):
+    """``race(group, make, name, **facts)``: how ``name`` did among ``make()``'s contestants.
+
+    They run once for all tests of a group.  A contestant "product", if there is one, is what the
+    others' times are divided by; ``operations`` among the facts gives a rate.
+    """
+
+    def run(group: str, make: Callable[[], Contestants], name: str, **facts: Any) -> None:
+        if group not in RACES:
+            RACES[group] = measure(make(), tmp_path)
+        if name not in RACES[group]:
+            pytest.skip(f"{name} does not run here")
+        ours = RACES[group][name]
+        benchmark.group = group
+        typical = median(ours.seconds)
+        benchmark.extra_info |= machine() | {"peak_mib": ours.peak_bytes / 2**20} | facts
+        if "product" in RACES[group]:
+            product = median(RACES[group]["product"].seconds)
+            benchmark.extra_info["products"] = typical / product
+        if "operations" in facts:
+            benchmark.extra_info["tflops"] = facts["operations"] / typical / 1e12
+        turns = iter(ours.seconds)
+        benchmark.pedantic(CLOCK.advance, (turns,), rounds=len(ours.seconds))
+
+    return run
