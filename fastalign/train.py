@@ -57,6 +57,7 @@ from fastalign.rollout.sync import LEAST_CHANGE, canary
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
 from fastalign.tracking import Tracker
+from fastalign_kernels import default_implementation
 
 CANARY_STRENGTHS = 4
 HALVES = ("bfloat16", "float16")
@@ -364,7 +365,10 @@ def check_start(run: Run) -> None:
         f"ZeRO {model.zero_stage}, {run.world_size} process(es), {trainable:,} trainable parameters"
     )
     say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
-    say(f"log-probs agree with the model's own logits (mean difference {gap:.1e})")
+    say(
+        f"log-probs and losses run in {default_implementation(model.device, model.dtype)}, and "
+        f"agree with the model's own logits (mean difference {gap:.1e})"
+    )
     if run.config.method == "cut" and run.config.cut.lambda_ <= 1:
         say(
             f"cut.lambda = {run.config.cut.lambda_} is at most 1: the penalty's slope is unbounded "

@@ -236,7 +236,7 @@ def test_training_leaves_the_choice_to_the_device(method, tiny_llama, tmp_path, 
 
 
 def test_the_choice_is_logged_once(caplog):
-    _dispatch._by_device.cache_clear()
+    _dispatch._say_once.cache_clear()
     with caplog.at_level("INFO", logger="fastalign_kernels"):
         for _ in range(2):
             assert _dispatch.choose("op", None, torch.device("cpu"), torch.float32) == "torch"

@@ -1,6 +1,7 @@
 """Ops for alignment losses: per-token log-probs of an LM head that never hold the [tokens,
 vocabulary] logits, and the losses made of them."""
 
+from fastalign_kernels._dispatch import default_implementation
 from fastalign_kernels.contrastive_unlikelihood import CutLoss, contrastive_unlikelihood
 from fastalign_kernels.linear_logprob import TokenLogprobs, linear_logprob
 from fastalign_kernels.logits_logprob import logits_logprob
@@ -12,6 +13,7 @@ __all__ = [
     "PreferenceLoss",
     "TokenLogprobs",
     "contrastive_unlikelihood",
+    "default_implementation",
     "linear_logprob",
     "logits_logprob",
     "pair_preference",

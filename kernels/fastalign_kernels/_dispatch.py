@@ -30,7 +30,9 @@ def choose(op: str, impl: str | None, device: torch.device, dtype: torch.dtype) 
         ValueError: Triton is named for tensors that it cannot take.
     """
     if impl is None:
-        return _by_device(op, device.type, dtype == torch.float64)
+        name, reason = _by_device(device.type, dtype == torch.float64)
+        _say_once(op, name, reason)
+        return name
     if impl == "triton":
         if dtype == torch.float64:
             raise ValueError("impl = 'triton': the inputs are in fp64, which needs 'torch'")
@@ -55,15 +57,21 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
-def _by_device(op: str, device_type: str, is_fp64: bool) -> str:
+def default_implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """What ops run in on this device when nothing is named: "triton" or "torch"."""
+    return _by_device(device.type, dtype == torch.float64)[0]
+
+
+def _by_device(device_type: str, is_fp64: bool) -> tuple[str, str]:
     if device_type != "cuda":
-        name, reason = "torch", f"the tensors are on {device_type}"
-    elif is_fp64:
-        name, reason = "torch", "fp64"
-    elif find_spec("triton") is None:
-        name, reason = "torch", "triton is not installed"
-    else:
-        name, reason = "triton", "the tensors are on a GPU"
+        return "torch", f"the tensors are on {device_type}"
+    if is_fp64:
+        return "torch", "fp64"
+    if find_spec("triton") is None:
+        return "torch", "triton is not installed"
+    return "triton", "the tensors are on a GPU"
+
+
+@cache
+def _say_once(op: str, name: str, reason: str) -> None:
     LOGGER.info("%s runs in %s: %s", op, name, reason)
-    return name
