@@ -30,7 +30,7 @@ TARGETS = {
     "sm_86": (GPUTarget("cuda", 86, 32), "sm_80", 99 << 10, "mma.sync"),
     "sm_89": (GPUTarget("cuda", 89, 32), "sm_80", 99 << 10, "mma.sync"),
     "sm_90": (GPUTarget("cuda", 90, 32), "sm_90", 227 << 10, "wgmma.mma_async"),
-    "sm_100": (GPUTarget("cuda", 100, 32), "sm_90", 227 << 10, "tcgen05.mma"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "sm_100", 227 << 10, "tcgen05.mma"),
     "sm_120": (GPUTarget("cuda", 120, 32), "sm_120", 99 << 10, "mma.sync"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "gfx942", 64 << 10, "v_mfma"),
 }

@@ -13,7 +13,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "kernel-resources.md"
 PRODUCTS = ("reduce_kernel", "exp_kernel", "grad_kernel")
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "variant"), kernels())
+@pytest.mark.parametrize(("kernel", "dtype", "variant"), list(kernels()))
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile(target, kernel, dtype, variant):
     compiled = compile_kernel(kernel, target, dtype, variant)
@@ -45,7 +45,7 @@ def inside_loops(ptx: str) -> str:
     return ptx[: max(jump.start() for jump in jumps if labels[jump[1]] < jump.start())]
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "variant"), kernels())
+@pytest.mark.parametrize(("kernel", "dtype", "variant"), list(kernels()))
 def test_the_table_of_resources_is_true(kernel, dtype, variant):
     text = TABLE.read_text(encoding="utf-8")
     (found,) = re.findall(rf"^\| {kernel}, {dtype}, {variant} \| (.*) \|$", text, re.M)

@@ -53,6 +53,8 @@ TILINGS = {
     "sm_90": Tiling(128, 256, 64, 8, 8, 3, tma=True),
     # A cap, a bias or an entropy in the epilogue would spill registers at 256 columns.
     "sm_90 extras": Tiling(128, 128, 64, 8, 8, 3, tma=True),
+    "sm_100": Tiling(128, 256, 64, 8, 8, 3, tma=True),
+    "sm_100 extras": Tiling(128, 64, 64, 8, 8, 3, tma=True),  # at 128 columns triton 3.6 spills
     "sm_120": Tiling(128, 128, 64, 8, 8, 3, tma=True),
     "sm_80": Tiling(128, 128, 32, 8, 8, 4, tma=False),
     "gfx942": Tiling(128, 128, 32, 8, 8, 2, tma=False),
@@ -75,7 +77,7 @@ def family_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
-    return {9: "sm_90", 10: "sm_90", 12: "sm_120"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_80")
 
 
 @triton.jit
