@@ -103,6 +103,12 @@ def sliced(impl: str) -> None:
         assert f"target[2] = {VOCAB}: must be in [0, {VOCAB})" in str(error)
     else:
         raise AssertionError("a target out of range went unnoticed")
+    try:
+        linear_logprob(hidden, weight[mine], inputs(False)[3], impl=impl, group=dist.group.WORLD)
+    except ValueError as error:
+        assert "vocab_start: a target is in the slices of" in str(error)
+    else:
+        raise AssertionError("a forgotten vocab_start went unnoticed")
 
 
 class Toy(nn.Module):

@@ -6,6 +6,7 @@ Triton's interpreter (TRITON_INTERPRET=1), which is exact in fp32 and fp16 alone
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -13,11 +14,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastalign_kernels
-from fastalign_kernels import TokenLogprobs, reference
+from fastalign_kernels import TokenLogprobs, _dispatch, reference
 
 IMPL = os.environ.get("FASTALIGN_IMPL", "torch")
 linear_logprob = partial(fastalign_kernels.linear_logprob, impl=IMPL)
@@ -383,6 +386,182 @@ def test_non_contiguous_inputs(small_tiles):
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
+def in_a_wider_store(x: torch.Tensor) -> torch.Tensor:
+    """x whose rows lie apart, 16 bytes aligned, with NaN between them."""
+    store = torch.full((x.shape[0], 64), torch.nan, dtype=x.dtype)
+    store[:, : x.shape[1]] = x
+    return store[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("wants", ["", *WANTS])
+@pytest.mark.parametrize("padded", ["hidden", "weight", "both", "neither"])
+def test_rows_apart_in_memory(padded, wants):
+    """50 numbers a row: no multiple of 16 bytes, so that what lies close has to be copied."""
+    hidden, weight, _, target = problem(11, torch.float32)
+    hidden, weight = (torch.cat([x, x[:, :2]], dim=1) for x in (hidden, weight))
+    expected = outputs_and_grads(naive, hidden, weight, None, target, wants)
+    if padded in ("hidden", "both"):
+        hidden = in_a_wider_store(hidden)
+    if padded in ("weight", "both"):
+        weight = in_a_wider_store(weight)
+    ours = outputs_and_grads(linear_logprob, hidden, weight, None, target, wants)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("wants", WANTS, ids=WANTS.values())
+def test_no_second_derivative(wants):
+    hidden, weight, _, target = problem(5, torch.float32)
+    hidden.requires_grad_("h" in wants)
+    weight.requires_grad_("w" in wants)
+    budget = 1 << 30 if "kept" in wants else 0
+    result = linear_logprob(hidden, weight, target, memory_budget=budget)
+    with pytest.raises(RuntimeError, match="create_graph = True: linear_logprob has no second"):
+        torch.autograd.grad(result.logprob.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_sole_token_left_at_a_low_temperature(temperature):
+    hidden, weight, bias, _ = problem(2, torch.float32, bias=True)
+    bias.fill_(-torch.inf)
+    bias[5] = 0.0
+    hidden.requires_grad_()
+    target = torch.tensor([5, 5])
+    linear_logprob(
+        hidden, weight, target, bias=bias, temperature=temperature
+    ).logprob.sum().backward()
+    assert (hidden.grad == 0).all()
+
+
+@pytest.mark.parametrize("wants", ["h", "hw"], ids=["frozen", "trainable"])
+def test_a_lost_row_takes_no_other_with_it(wants):
+    """In fp16 gradients are scaled by the largest one."""
+    hidden, weight, _, target = problem(6, torch.float16, ignore=False)
+    hidden.requires_grad_()
+    weight.requires_grad_("w" in wants)
+    up = torch.ones(6)
+    up[2] = torch.inf
+    linear_logprob(hidden, weight, target).logprob.backward(up)
+    finite = hidden.grad.isfinite().all(dim=1)
+    assert finite.tolist() == [True, True, False, True, True, True]
+
+
+def test_a_large_sum_of_small_gradients_in_fp16():
+    """The weight's gradient is 100, of terms that are 1e-3 each, before the mean's scale is in."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(1024, 16, generator=rng) + 100).half()
+    weight = (torch.randn(33, 16, generator=rng) * 0.02).half().requires_grad_()
+    target = torch.full((1024,), 5)
+    linear_logprob(hidden, weight, target).logprob.mean().backward()
+    true = weight.detach().double().requires_grad_()
+    naive(hidden.double(), true, target).logprob.mean().backward()
+    assert relative_error(weight.grad, true.grad) < 1e-3
+
+
+class Live(TorchDispatchMode):
+    """Most bytes of storages that operators made and that were there at a time, beside those of
+    ``known`` tensors (which the interpreter makes tensors of as well)."""
+
+    def __init__(self, *known: torch.Tensor | None) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known if x is not None}
+        self.storages: dict[int, tuple] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+@pytest.mark.skipif(IMPL != "triton", reason="about the Triton implementation")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wants", ["h", "hw"], ids=["frozen", "trainable"])
+def test_transient_memory(wants, bias, monkeypatch):
+    """At most a chunk and 6 N D bytes, beside the results."""
+    from fastalign_kernels import triton_head
+
+    n, d, vocab = 256, 512, 2048
+    chunk = n * 512 * 2
+    monkeypatch.setattr(triton_head, "CHUNK_BYTES", chunk)
+    # The interpreter's products are in fp32, which a GPU's are not.
+    monkeypatch.setattr(triton_head, "add_product", None)
+    monkeypatch.setattr(triton_head, "_add_product", lambda total, a, b: None)
+    monkeypatch.setattr(triton_head, "_write_product", lambda out, a, b, scale: None)
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=rng).half()
+    weight = (torch.randn(vocab, d, generator=rng) / 30).half()
+    target = torch.randint(vocab, (n,), generator=rng)
+    head_bias = torch.zeros(vocab).half() if bias else None
+    keep = {"h": "unit_grad", "hw": "inputs"}[wants]
+    ops = torch.ops.fastalign_kernels
+    small = 64 * n * 4 + 16 * vocab  # numbers a row, and a column
+    settings = (None, 1.0, IGNORED, "triton")
+    function = ops.linear_log_odds.default
+    inputs = hidden, weight, target, head_bias
+    live = Live(*inputs)
+    with inside(live, monkeypatch):
+        outputs = function(*inputs, *settings, n, keep, False, None, 0)
+    results = 0 if wants == "hw" else 4 * n * d
+    assert results < live.peak <= max(chunk + 6 * n * d, results) + small
+    if wants == "hw":
+        grad = torch.randn(n)
+        live = Live(*inputs, *outputs, grad)
+        with inside(live, monkeypatch):
+            ops.linear_log_odds_backward.default(
+                grad, outputs[1], *outputs[3:5], *inputs, *settings, True, True, bias, None, 0
+            )
+        results = 2 * n * d + 2 * vocab * d
+        assert results < live.peak <= chunk + 6 * n * d + results + small
+
+
+@contextlib.contextmanager
+def inside(mode, monkeypatch):
+    """A dispatch mode within the ops, which from outside are one operator each."""
+    original = _dispatch.alone_on_device_of
+
+    @contextlib.contextmanager
+    def watched(x):
+        with original(x), mode:
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatch, "alone_on_device_of", watched)
+        yield
+
+
+@torch_only
+@pytest.mark.parametrize("wants", WANTS, ids=WANTS.values())
+def test_compiled_once_for_many_sizes(wants):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def compiled(hidden, weight, target, **options):
+        return linear_logprob(hidden, weight, target, **options).logprob
+
+    for n in range(2, 14):
+        inputs = problem(n, torch.float32)
+
+        def run(hidden, weight, target, **options):
+            value = compiled(hidden, weight, target, **options)
+            return TokenLogprobs(value, 0 * value, None)
+
+        ours = outputs_and_grads(run, *inputs, wants)
+        assert ours["grad_hidden"].isfinite().all()
+    assert len(graphs) <= 2
+
+
 @torch_only
 @pytest.mark.parametrize("wants", WANTS, ids=WANTS.values())
 def test_independent_of_tile_size(wants, monkeypatch):
@@ -400,7 +579,7 @@ def test_independent_of_tile_size(wants, monkeypatch):
 
 @pytest.mark.parametrize("wants", WANTS, ids=WANTS.values())
 def test_deterministic(wants, small_tiles):
-    inputs = problem(33, torch.bfloat16, bias=True)
+    inputs = problem(33, torch.bfloat16 if IMPL == "torch" else torch.float16, bias=True)
     first, second = (outputs_and_grads(linear_logprob, *inputs, wants) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 

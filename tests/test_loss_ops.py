@@ -141,6 +141,18 @@ def test_deterministic_and_for_either_bounds(dtype):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_bounds_apart_in_memory():
+    pairs, bounds = -torch.rand(2, sum(LENGTHS)), cu(LENGTHS)
+    apart = bounds.repeat_interleave(2)[::2]
+    assert not apart.is_contiguous()
+    first, second = run_pairs(*pairs, bounds), run_pairs(*pairs, apart)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    q, not_q, c, tokens, judged = cut_inputs()
+    first = run_cut((q, not_q, c, tokens, judged))
+    second = run_cut((q, not_q, c, *(x.repeat_interleave(2)[::2] for x in (tokens, judged))))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @triton_only
 def test_every_value_is_written(monkeypatch):
     """Into buffers that start as NaN, and as true for the flags."""

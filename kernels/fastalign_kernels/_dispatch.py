@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,6 +48,13 @@ def losses_module(op: str, impl: str | None, values: torch.Tensor) -> ModuleType
     name = choose(op, impl, values.device, values.dtype)
     module = {"torch": "reference_losses", "triton": "triton_losses"}[name]
     return import_module(f"fastalign_kernels.{module}")
+
+
+@contextmanager
+def alone_on_device_of(x: torch.Tensor) -> Iterator[None]:
+    """Launch on the device of x, which need not be the current one, whatever autocast says."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def interpreted() -> bool:

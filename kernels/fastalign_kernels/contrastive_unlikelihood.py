@@ -173,20 +173,21 @@ def _contrastive_unlikelihood(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(losses [R], flagged [M], parts [6, R])."""
     _check_judged(cu_tokens, cu_judged, logprob.numel(), judged_logprob.numel())
-    return _module(impl, logprob).contrastive_unlikelihood_forward(
-        logprob,
-        log1m_prob,
-        judged_logprob,
-        cu_tokens,
-        cu_judged,
-        log_lambda=log_lambda,
-        log_min_judged=log_min_judged,
-        alpha=alpha,
-        gamma=gamma,
-        negative_weight=negative_weight,
-        mean=mean,
-        misalign=misalign,
-    )
+    with _dispatch.alone_on_device_of(logprob):
+        return _module(impl, logprob).contrastive_unlikelihood_forward(
+            logprob,
+            log1m_prob,
+            judged_logprob,
+            cu_tokens,
+            cu_judged,
+            log_lambda=log_lambda,
+            log_min_judged=log_min_judged,
+            alpha=alpha,
+            gamma=gamma,
+            negative_weight=negative_weight,
+            mean=mean,
+            misalign=misalign,
+        )
 
 
 @_contrastive_unlikelihood.register_fake
@@ -220,18 +221,19 @@ def _contrastive_unlikelihood_backward(
     impl: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of logprob [M], log1m_prob [M] and judged_logprob [J]."""
-    return _module(impl, grad_losses).contrastive_unlikelihood_backward(
-        grad_losses,
-        judged_logprob,
-        flagged,
-        cu_tokens,
-        cu_judged,
-        alpha=alpha,
-        gamma=gamma,
-        negative_weight=negative_weight,
-        mean=mean,
-        misalign=misalign,
-    )
+    with _dispatch.alone_on_device_of(grad_losses):
+        return _module(impl, grad_losses).contrastive_unlikelihood_backward(
+            grad_losses,
+            judged_logprob,
+            flagged,
+            cu_tokens,
+            cu_judged,
+            alpha=alpha,
+            gamma=gamma,
+            negative_weight=negative_weight,
+            mean=mean,
+            misalign=misalign,
+        )
 
 
 @_contrastive_unlikelihood_backward.register_fake

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.functional import logsigmoid
 
 from fastalign_kernels import _dispatch, reference
@@ -190,7 +189,16 @@ def _log_odds(
     What is not wanted is empty, and ignored rows hold 0; exponentials are those of the rows that
     count, behind each other.
     """
-    outputs = _new_outputs(hidden, weight, grad_rows, keep, entropy)
+    # The unit gradient, as large as hidden in fp32, comes with memory of its own.
+    rest = NOTHING if keep == UNIT_GRAD else keep
+    outputs = _new_outputs(hidden, weight, grad_rows, rest, entropy)
+    unit_grad = outputs.unit_grad
+    if keep == UNIT_GRAD:
+        unit_grad = unit_grad.new_zeros(1, 1).expand(grad_rows, hidden.shape[1])
+    if keep == EXPONENTIALS:
+        counted = int((target[:grad_rows] != ignore_index).sum())
+        outputs.exponentials[counted:] = 0
+        outputs.exponentials[:, weight.shape[0] :] = 0
     ranks = _ranks(group)
     check_targets(target, _whole_vocab(weight, ranks), ignore_index)
     module = _module(impl, hidden)
@@ -202,7 +210,7 @@ def _log_odds(
         # Another rank's targets; negative ids would count from the end.
         y.masked_fill_((y < 0) | (y >= weight.shape[0]), weight.shape[0])
         options = {"softcap": softcap, "temperature": temperature, "entropy": entropy}
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _dispatch.alone_on_device_of(hidden):
             if kept == EXPONENTIALS:
                 found = module.linear_logprob_exponentials(
                     x, weight, y, bias, out=outputs.exponentials[: len(y)], **options
@@ -214,23 +222,26 @@ def _log_odds(
         if ranks is not None:
             found = _joined(found, ranks, weight, y, temperature)
         log_odds = found.target_logit - found.log_rest
+        if ranks is None:
+            # Looked at on the CPU alone; elsewhere a wrong target has to show.
+            log_odds.masked_fill_(y == weight.shape[0], torch.nan)
         _put(outputs.log_odds[rows], index, log_odds)
         if found.rest_entropy is not None:
             # H = H(p, 1 - p) + (1 - p) H(q)
             p, other = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
             both = torch.special.entr(p) + torch.special.entr(other) + other * found.rest_entropy
             _put(outputs.entropy[rows], index, both)
-        if kept != NOTHING:
+        if kept in (EXPONENTIALS, INPUTS):
             _put(outputs.log_rest, index, found.log_rest)
         if found.unit_grad is not None:
-            if index is None:
-                outputs = outputs._replace(unit_grad=found.unit_grad)  # without a copy
-            else:
-                _put(outputs.unit_grad, index, found.unit_grad)
+            unit_grad = found.unit_grad
+            if index is not None:
+                unit_grad = unit_grad.new_zeros(grad_rows, unit_grad.shape[1])
+                unit_grad[index] = found.unit_grad
         if found.kept is not None:
             _put_target(found, y, weight.shape[0])
             outputs.reference[: len(y)] = found.kept.reference
-    return outputs
+    return outputs._replace(unit_grad=unit_grad.contiguous())
 
 
 @_log_odds.register_fake
@@ -269,9 +280,9 @@ def _new_outputs(
     exponentials = (rows, reference.padded_vocab(weight.shape[0]))
     return _Outputs(
         log_odds=hidden.new_zeros(n, dtype=wide),
-        log_rest=hidden.new_zeros(rows if keep != NOTHING else 0, dtype=wide),
+        log_rest=hidden.new_zeros(rows if keep in (EXPONENTIALS, INPUTS) else 0, dtype=wide),
         unit_grad=hidden.new_zeros((rows, d) if keep == UNIT_GRAD else 0, dtype=wide),
-        exponentials=hidden.new_zeros(exponentials if keep == EXPONENTIALS else 0),
+        exponentials=hidden.new_empty(exponentials if keep == EXPONENTIALS else 0),
         reference=hidden.new_zeros(rows if keep == EXPONENTIALS else 0, dtype=wide),
         entropy=hidden.new_zeros(n if entropy else 0, dtype=wide),
     )
@@ -305,7 +316,7 @@ def _log_odds_backward(
     y.masked_fill_((y < 0) | (y >= weight.shape[0]), weight.shape[0])
     grad, rest = _taken(grad_log_odds[:rows], index), _taken(log_rest, index)
     wanted = (want_hidden, want_weight, want_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _dispatch.alone_on_device_of(hidden):
         if exponentials.numel():
             scale = torch.exp(reference_logit[: len(y)] - rest).mul_(grad).div_(-temperature)
             grads = _backward_from(exponentials[: len(y)], scale, x, weight, bias, wanted)
@@ -364,6 +375,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     (hidden, weight, target, bias, *ctx.numbers, ctx.keep, _, ctx.group, ctx.vocab_start) = inputs
     _, log_rest, unit_grad, exponentials, reference_logit, _ = output
     # Only the log-odds have a gradient; zeros for the others would be as large as they are.
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.hidden_dtype = hidden.dtype
     if ctx.keep == UNIT_GRAD:
@@ -375,13 +387,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_log_odds: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = (None,) * 13
+    if torch.is_grad_enabled():
+        # The product below would have one, without the part that goes through the unit gradient.
+        raise RuntimeError("create_graph = True: linear_logprob has no second derivative")
     if grad_log_odds is None:
         return nothing
     if ctx.keep == UNIT_GRAD:
         (unit_grad,) = ctx.saved_tensors
-        rows = len(unit_grad)
+        rows = unit_grad.shape[0]  # len() would pin a size that torch.compile keeps open
         grad_hidden = (grad_log_odds[:rows, None] * unit_grad).to(ctx.hidden_dtype)
-        below = len(grad_log_odds) - rows
+        below = grad_log_odds.shape[0] - rows
         if below:
             grad_hidden = torch.nn.functional.pad(grad_hidden, (0, 0, 0, below))
         return grad_hidden, *nothing[1:]
@@ -441,7 +456,11 @@ def _put(out: torch.Tensor, index: torch.Tensor | None, value: torch.Tensor) -> 
 
 def _ranks(name: str | None) -> dist.ProcessGroup | None:
     """A group by its name: operators take no groups."""
-    return None if name is None else _resolve_process_group(cast(Any, name))
+    if name is None:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(cast(Any, name))
 
 
 def _whole_vocab(weight: torch.Tensor, ranks: dist.ProcessGroup | None) -> int:
@@ -464,19 +483,27 @@ def _joined(
     peak = found.log_rest.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=ranks)
     share = torch.exp(found.log_rest - peak)
-    sums = [share, found.target_logit, found.target_slope]
+    owners = (y < len(weight)).to(share)
+    sums = [share, found.target_logit, found.target_slope, owners]
     if found.rest_entropy is not None:
         # H(q) = log total + sum_r share_r (H(q_r) + peak - log_rest_r) / total
         sums.append(share * (found.rest_entropy + (peak - found.log_rest)))
     reduced = torch.stack(sums)
     dist.all_reduce(reduced, group=ranks)
     total = reduced[0]
+    lost = reduced[3] != 1
+    if lost.device.type == "cpu" and lost.any():
+        raise ValueError(
+            f"vocab_start: a target is in the slices of {int(reduced[3][lost][0])} ranks, and must "
+            "be in one: each slice starts where the one before it ends"
+        )
     unit_grad, kept = found.unit_grad, found.kept
     if unit_grad is not None:
-        share = (share / total)[:, None]
+        share = share / total
         # A rank that has the target holds all of its term, and a share of the others'.
-        own = weight[y.clamp_max(len(weight) - 1)] * (found.target_slope / temperature)[:, None]
-        unit_grad = share * unit_grad + (1 - share) * own
+        own = (1 - share) * found.target_slope / temperature
+        unit_grad *= share[:, None]
+        unit_grad.addcmul_(own[:, None], weight[y.clamp_max(len(weight) - 1)])
         dist.all_reduce(unit_grad, group=ranks)
     if kept is not None:
         highest = kept.reference.clone()
@@ -484,11 +511,11 @@ def _joined(
         kept.values.mul_(torch.exp(kept.reference - highest)[:, None].to(kept.values.dtype))
         kept = Exponentials(kept.values, highest)
     return HeadForward(
-        target_logit=reduced[1],
+        target_logit=reduced[1].masked_fill(lost, torch.nan),
         target_slope=reduced[2],
         log_rest=peak + total.log(),
         unit_grad=unit_grad,
-        rest_entropy=None if found.rest_entropy is None else total.log() + reduced[3] / total,
+        rest_entropy=None if found.rest_entropy is None else total.log() + reduced[4] / total,
         kept=kept,
     )
 
@@ -527,13 +554,15 @@ def _backward_from(
     scaled = (scale[:, None] * hidden).to(hidden.dtype) if want_weight else None
     for start in range(0, len(weight), reference.BACKWARD_COLUMNS):
         stop = min(start + reference.BACKWARD_COLUMNS, len(weight))
-        e = reference._operand(exponentials[:, start:stop])
+        e = reference.operand(exponentials[:, start:stop])
         if grad_hidden is not None:
-            reference._add_product(grad_hidden, e, reference._operand(weight[start:stop]))
+            reference.add_product(grad_hidden, e, reference.operand(weight[start:stop]))
         if grad_weight is not None and scaled is not None:
-            grad_weight[start:stop] = reference._product(e.t(), reference._operand(scaled))
+            reference.write_product(grad_weight[start:stop], e.t(), reference.operand(scaled))
         if grad_bias is not None:
-            grad_bias[start:stop] = scale @ e.to(scale.dtype)
+            for a in range(start, stop, reference.MIN_TILE_COLUMNS):
+                b = min(a + reference.MIN_TILE_COLUMNS, stop)
+                grad_bias[a:b] = scale @ exponentials[:, a:b].to(scale.dtype)
     if grad_hidden is not None:
         grad_hidden *= scale[:, None]
     return grad_hidden, grad_weight, grad_bias
@@ -552,6 +581,8 @@ def _check_tensors(
                 f"{name} is a DTensor: must be whole; call this inside the forward of the module "
                 "that fully_shard was given, or pass a slice of the vocabulary with its group"
             )
+    if hidden.shape[1] == 0:
+        raise ValueError(f"hidden is {describe(hidden)}: must be [N, D] with D >= 1")
     if weight.ndim != 2 and weight.numel() == 0:
         raise ValueError(
             f"weight is {describe(weight)}: a parameter that ZeRO-3 has scattered; call this "

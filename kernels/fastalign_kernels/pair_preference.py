@@ -138,15 +138,16 @@ def _pair_preference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(losses [P], their slopes by the margin [P], log pi and log (pi / pi_ref) [4, P])."""
     check_bounds("cu", cu, logprob.numel())
-    return _module(impl, logprob).pair_preference_forward(
-        logprob,
-        ref_logprob,
-        cu,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        length_normalized=length_normalized,
-    )
+    with _dispatch.alone_on_device_of(logprob):
+        return _module(impl, logprob).pair_preference_forward(
+            logprob,
+            ref_logprob,
+            cu,
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            length_normalized=length_normalized,
+        )
 
 
 @_pair_preference.register_fake
@@ -166,9 +167,10 @@ def _pair_preference_backward(
     impl: str | None,
 ) -> torch.Tensor:
     """Gradient of logprob [count]."""
-    return _module(impl, grad_margin).pair_preference_backward(
-        grad_margin, cu, count, length_normalized=length_normalized
-    )
+    with _dispatch.alone_on_device_of(grad_margin):
+        return _module(impl, grad_margin).pair_preference_backward(
+            grad_margin, cu, count, length_normalized=length_normalized
+        )
 
 
 @_pair_preference_backward.register_fake

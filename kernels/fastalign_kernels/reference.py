@@ -110,7 +110,7 @@ def linear_logprob_forward(
             if pull is not None:
                 if slope is not None:
                     p.mul_(slope)
-                _add_product(pull.mul_(shrink), p.to(w.dtype), w)
+                add_product(pull.mul_(shrink), p.to(w.dtype), w)
             peak = new_peak
         total.clamp_min_(torch.finfo(head.wide).tiny)
         target_logit[rows] = block.target_logit[:, 0]
@@ -242,9 +242,9 @@ def linear_logprob_backward(
                 sum_bias += dz.sum(dim=0)
             dz = dz.to(w.dtype)
             if sum_weight is not None:
-                _add_product(sum_weight, dz.t(), block.h)
+                add_product(sum_weight, dz.t(), block.h)
             if pull is not None:
-                _add_product(pull, _set_target(dz, block.y - start, 0.0), w)
+                add_product(pull, _set_target(dz, block.y - start, 0.0), w)
         if grad_weight is not None and sum_weight is not None:
             grad_weight[start:stop] = sum_weight
         if grad_bias is not None and sum_bias is not None:
@@ -290,7 +290,7 @@ class _Head:
         raw = torch.einsum("nd,nd->n", hidden.to(self.wide), target_weight)[:, None]
         biased = raw.clone() if self.bias is None else raw + self.bias[index, None] * here
         logit, slope = self._cap(biased)
-        h = _operand(hidden)
+        h = operand(hidden)
         return _Block(
             h=h,
             y=y,
@@ -304,7 +304,7 @@ class _Head:
         self, block: _Block, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Weights [columns, D] as they enter products, logits [rows, columns] and their slope."""
-        w = _operand(self.weight[start:stop])
+        w = operand(self.weight[start:stop])
         raw = _product_around(block.near, block.h, w)
         if self.bias is not None:
             raw += self.bias[start:stop]
@@ -363,7 +363,8 @@ class _Head:
 def _tiles(n: int, head: _Head) -> tuple[list[slice], list[tuple[int, int]]]:
     """The rows in blocks, and the vocabulary in stretches (start, stop).
 
-    One block times one stretch has no more than TILE_BYTES of logits.
+    One block times one stretch has no more than TILE_BYTES of logits; a few such tiles exist at a
+    time, copies in 16 bits and slopes included.
     """
     vocab = head.weight.shape[0]
     budget = TILE_BYTES.get(head.weight.device.type, TILE_BYTES["cuda"]) // head.wide.itemsize
@@ -373,7 +374,7 @@ def _tiles(n: int, head: _Head) -> tuple[list[slice], list[tuple[int, int]]]:
     return blocks, [(a, min(a + columns, vocab)) for a in range(0, vocab, columns)]
 
 
-def _operand(x: torch.Tensor) -> torch.Tensor:
+def operand(x: torch.Tensor) -> torch.Tensor:
     """x as it enters a product: as it is, or in fp32 on a CPU without instructions for its dtype.
 
     There torch's own 16-bit products run at a few GFLOP/s.
@@ -412,12 +413,22 @@ def _product_around(near: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> tor
     return _product(h, w.t())
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, summed in fp32 (fp64)."""
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, summed in fp32 (fp64); on a GPU without a second accumulator."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, total.dtype, out=total)
     else:
-        total += _product(a, b)
+        total += torch.mm(a, b)
+
+
+def write_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out = a b."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

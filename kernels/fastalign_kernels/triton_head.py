@@ -22,11 +22,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalign_kernels.reference import LARGEST_SUM, Exponentials, HeadForward
+from fastalign_kernels.reference import LARGEST_SUM, Exponentials, HeadForward, add_product
 
 # Columns of the vocabulary that go through both products at a time.  An fp32 accumulator of N x D
 # is read and written once for each: at 16384 that costs 6 % of a pass.
 CHUNK_COLUMNS = 16384
+CHUNK_BYTES = 256 << 20
 REFERENCE_COLUMNS = 1024
 
 
@@ -285,11 +286,10 @@ class _Head:
         self.entropy = entropy
         extras = softcap is not None or bias is not None or entropy
         self.tiling = tiling_for(hidden.dtype, family_of(hidden.device), extras)
-        self.hidden, self.weight = _aligned(hidden), _aligned(weight)
+        self.hidden, self.weight = (_aligned(x, self.tiling.tma) for x in (hidden, weight))
         self.target = target.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.n, self.depth = self.hidden.shape
-        self.width = hidden.shape[1]
         self.vocab = weight.shape[0]
         self.cap = 0.0 if softcap is None else softcap
         self.flags = {"HAS_BIAS": bias is not None, "HAS_CAP": softcap is not None}
@@ -337,7 +337,10 @@ class _Head:
 
     def chunks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(start, end, buffer [n, end - start] for what the kernels write) over the vocabulary."""
-        width = min(CHUNK_COLUMNS, self.vocab)
+        fits = CHUNK_BYTES // (self.n * self.hidden.element_size())
+        # Whole tiles, and starts that descriptors can have.
+        fits = max(fits // self.tiling.columns, 1) * self.tiling.columns
+        width = min(CHUNK_COLUMNS, fits, self.vocab)
         buffer = self.hidden.new_empty(self.n, _round_up(width, 16))
         for start in range(0, self.vocab, width):
             end = min(start + width, self.vocab)
@@ -499,10 +502,11 @@ def linear_logprob_forward(
         pull[index], total[index] = again[0], again[1]
         if surprise is not None and again[2] is not None:
             surprise[index] = again[2]
-    unit = slopes[:, None] * _rows_of(head.weight, head.target).float()
-    unit -= pull / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    unit /= temperature
-    return _found(logits, slopes, reference, total, surprise, unit_grad=unit[:, : head.width])
+    # In place: N D numbers in fp32 are what this op may hold besides a chunk.
+    tiny = torch.finfo(torch.float32).tiny
+    pull /= total.mul(-temperature).clamp_max_(-tiny)[:, None]
+    pull.addcmul_((slopes / temperature)[:, None], _rows_of(head.weight, head.target))
+    return _found(logits, slopes, reference, total, surprise, unit_grad=pull)
 
 
 def linear_logprob_exponentials(
@@ -553,8 +557,8 @@ def _found(
 
 def _far(total: torch.Tensor) -> torch.Tensor | None:
     """Indices of rows whose reference was too far from their maximum, None without any."""
-    far = ~((total < LARGEST_SUM) & (total > 1 / LARGEST_SUM))
-    return far.nonzero()[:, 0] if bool(far.any()) else None
+    index = (~((total < LARGEST_SUM) & (total > 1 / LARGEST_SUM))).nonzero()[:, 0]
+    return index if len(index) else None
 
 
 def _rows_of(weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -580,16 +584,21 @@ def linear_logprob_backward(
     In fp16 a row's gradient may lie below what the dtype holds: all are scaled by the largest.
     """
     want_hidden, want_weight, want_bias = wanted
-    d = hidden.shape[1]
-    grad_weight = torch.zeros_like(weight) if want_weight else None
-    grad_bias = torch.zeros_like(bias) if want_bias and bias is not None else None
     if not len(target):
-        return log_rest.new_zeros(hidden.shape) if want_hidden else None, grad_weight, grad_bias
+        return (
+            log_rest.new_zeros(hidden.shape) if want_hidden else None,
+            torch.zeros_like(weight) if want_weight else None,
+            torch.zeros_like(bias) if want_bias and bias is not None else None,
+        )
+    grad_weight = torch.empty_like(weight) if want_weight else None
+    grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
     head = _Head(hidden, weight, target, bias, softcap, temperature)
     _, slopes = head.targets()
     scale = torch.ones((), device=hidden.device)
     if hidden.dtype == torch.float16:
-        scale = grad_log_odds.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        # Of the finite ones: a row that is lost must not take the others with it.
+        largest = torch.nan_to_num(grad_log_odds, 0.0, 0.0, 0.0).abs().amax()
+        scale = largest.clamp_min(torch.finfo(torch.float32).tiny)
     grad = grad_log_odds / (temperature * scale)
     target_grad = grad * slopes
     log_rest = log_rest.contiguous()
@@ -613,21 +622,23 @@ def linear_logprob_backward(
         if pull is not None:
             _add_product(pull, dz, head.weight[start:end])
         if grad_weight is not None:
-            grad_weight[start:end] = _product(dz.t(), head.hidden)[:, :d] * scale
+            _write_product(grad_weight[start:end], dz.t(), head.hidden, scale)
         if grad_bias is not None:
             grad_bias[start:end] = bias_sums.sum(dim=0) * scale
-    grad_hidden = None if pull is None else pull[:, :d] * scale
-    return grad_hidden, grad_weight, grad_bias
+    if pull is not None and hidden.dtype == torch.float16:
+        pull *= scale
+    return pull, grad_weight, grad_bias
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x as descriptors need it: rows that start at multiples of 16 bytes, behind each other."""
-    step = 16 // x.element_size()
-    if x.stride(1) == 1 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0:
+def _aligned(x: torch.Tensor, tma: bool) -> torch.Tensor:
+    """x [rows, columns] as kernels need it: columns behind each other, and with descriptors rows
+    that start at multiples of 16 bytes."""
+    step = 16 // x.element_size() if tma else 1
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) % step == 0
+    if x.stride(1) == 1 and apart and (not tma or x.data_ptr() % 16 == 0):
         return x
-    padded = x.new_zeros(x.shape[0], _round_up(x.shape[1], step))
-    padded[:, : x.shape[1]] = x
-    return padded
+    padded = x.new_zeros(x.shape[0], _round_up(x.shape[1], step))[:, : x.shape[1]]
+    return padded.copy_(x)
 
 
 def _round_up(value: int, step: int) -> int:
@@ -635,17 +646,20 @@ def _round_up(value: int, step: int) -> int:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, summed in fp32 without a second accumulator."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, total.dtype, out=total)
+    """total += a b, summed in fp32."""
+    if a.is_cuda:
+        add_product(total, a, b)
     else:  # the interpreter's tensors
         total.addmm_(a.float(), b.float())
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, torch.float32)
-    return torch.mm(a.float(), b.float())
+def _write_product(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """out = scale a b, rounded once; in bf16 and fp32, where scale is 1, without a copy in fp32."""
+    if a.dtype != torch.float16:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        out.copy_(torch.mm(a, b, out_dtype=torch.float32).mul_(scale))
+    else:  # the interpreter's tensors
+        out.copy_(torch.mm(a.float(), b.float()).mul_(scale))

@@ -181,6 +181,10 @@ def pair_grad_kernel(grad_margin, cu, grad_logprob, NORMALIZED: tl.constexpr,
         tl.store(grad_logprob + t, tl.where(t < middle, up, down), mask=t < end)
 
 
+def _bounds(cu: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return cu.to(like.device).contiguous()
+
+
 def contrastive_unlikelihood_forward(
     logprob: torch.Tensor,
     log1m_prob: torch.Tensor,
@@ -206,8 +210,8 @@ def contrastive_unlikelihood_forward(
             logprob.contiguous(),
             log1m_prob.contiguous(),
             judged_logprob.contiguous(),
-            cu_tokens.to(logprob.device),
-            cu_judged.to(logprob.device),
+            _bounds(cu_tokens, logprob),
+            _bounds(cu_judged, logprob),
             records,
             log_lambda,
             log_min_judged,
@@ -248,8 +252,8 @@ def contrastive_unlikelihood_backward(
             grad_losses.contiguous(),
             judged_logprob.contiguous(),
             flagged,
-            cu_tokens.to(flagged.device),
-            cu_judged.to(flagged.device),
+            _bounds(cu_tokens, flagged),
+            _bounds(cu_judged, flagged),
             alpha,
             gamma,
             negative_weight,
@@ -283,7 +287,7 @@ def pair_preference_forward(
         pair_kernel[(pairs,)](
             logprob.contiguous(),
             ref_logprob.contiguous(),
-            cu.to(logprob.device),
+            _bounds(cu, logprob),
             pairs,
             beta,
             label_smoothing,
@@ -308,7 +312,7 @@ def pair_preference_backward(
     if pairs:
         pair_grad_kernel[(pairs,)](
             grad_margin.contiguous(),
-            cu.to(grad.device),
+            _bounds(cu, grad),
             grad,
             NORMALIZED=length_normalized,
             BLOCK=BLOCK,
