@@ -386,6 +386,52 @@ def test_non_contiguous_inputs(small_tiles):
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
+# Where neither N, D nor V is a multiple of a tile's, and vocabularies that are shipped.
+SHAPES = [(1, 576, 49152), (3, 960, 50257), (127, 2304, 151936), (1000, 576, 1003)]
+
+
+@pytest.mark.parametrize("wants", ["h", "hw", "hw kept"], ids=["frozen", "trainable", "kept"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_real_shapes(shape, dtype, wants):
+    skip_inexact(dtype)
+    n, d, vocab = shape
+    if IMPL == "triton" and n * vocab > 200_000:
+        pytest.skip("hours in Triton's interpreter")
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=rng).to(dtype)
+    weight = (torch.randn(vocab, d, generator=rng) * (3 / d**0.5)).to(dtype)
+    target = torch.randint(vocab, (n,), generator=rng)
+    target[0] = vocab - 1
+    theirs, ours, true = (
+        outputs_and_grads(function, *tensors, None, target, wants)
+        for function, *tensors in (
+            (naive, hidden, weight),
+            (linear_logprob, hidden, weight),
+            (naive, hidden.double(), weight.double()),
+        )
+    )
+    for name, value in true.items():
+        error = relative_error(ours[name], value)
+        # Exponentials that are kept are rounded once more.
+        slack = 2**-9 if "kept" in wants and dtype == torch.bfloat16 else 1e-6
+        assert error <= 2 * relative_error(theirs[name], value) + slack, name
+
+
+@pytest.mark.parametrize("wants", ["", *WANTS])
+def test_every_number_is_written(wants, small_tiles):
+    """torch fills what is not with NaN."""
+    inputs = problem(31, torch.float32, bias=True)
+    expected = outputs_and_grads(linear_logprob, *inputs, wants, softcap=5.0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        ours = outputs_and_grads(linear_logprob, *inputs, wants, softcap=5.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
 def in_a_wider_store(x: torch.Tensor) -> torch.Tensor:
     """x whose rows lie apart, 16 bytes aligned, with NaN between them."""
     store = torch.full((x.shape[0], 64), torch.nan, dtype=x.dtype)

@@ -1,0 +1,59 @@
+"""A pytest-benchmark JSON file, reduced to what was measured.
+
+    pytest bench --benchmark-json all.json
+    python bench/report.py all.json bench/results/kernels-cpu.json
+
+Prints the same as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def reduce(report: dict[str, Any]) -> dict[str, Any]:
+    """What all rows share, and for each its median and quartiles in seconds."""
+    shared = ("device", "torch", "triton", "commit")
+    rows = []
+    for benchmark in report["benchmarks"]:
+        facts = benchmark["extra_info"]
+        rows.append(
+            {
+                "group": benchmark["group"],
+                "who": benchmark["params"]["who"],
+                **{key: benchmark["stats"][key] for key in ("median", "q1", "q3", "rounds")},
+                **{key: value for key, value in facts.items() if key not in shared},
+            }
+        )
+    first = report["benchmarks"][0]["extra_info"]
+    return {
+        "command": "pytest bench --benchmark-json all.json; python bench/report.py all.json ...",
+        **{key: first[key] for key in shared},
+        "rows": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| what | who | seconds, median (quartiles) | bare products | passes | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        products = f"{row['products']:.2f}" if "products" in row else "-"
+        passes = row.get("passes")
+        lines.append(
+            f"| {row['group']} | {row['who']} | {row['median']:.4g} "
+            f"({row['q1']:.4g} to {row['q3']:.4g}) | {products} | "
+            f"{'-' if passes is None else passes} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    result = reduce(json.loads(source.read_text(encoding="utf-8")))
+    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
