@@ -1,7 +1,7 @@
 """A pytest-benchmark JSON file, reduced to what was measured.
 
-    pytest bench --benchmark-json all.json
-    python bench/report.py all.json bench/results/kernels-cpu.json
+    pytest bench -k frozen --benchmark-json all.json
+    python bench/report.py all.json bench/results/kernels-cpu.json -k frozen
 
 Prints the same as a Markdown table.
 """
@@ -9,13 +9,18 @@ Prints the same as a Markdown table.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def reduce(report: dict[str, Any]) -> dict[str, Any]:
-    """What all rows share, and for each its median and quartiles in seconds."""
+def reduce(report: dict[str, Any], options: Sequence[str] = ()) -> dict[str, Any]:
+    """What all rows share, and for each its median and quartiles in seconds.
+
+    ``options``: what else pytest was given.
+    """
     shared = ("device", "torch", "triton", "commit")
     rows = []
     for benchmark in report["benchmarks"]:
@@ -30,7 +35,7 @@ def reduce(report: dict[str, Any]) -> dict[str, Any]:
         )
     first = report["benchmarks"][0]["extra_info"]
     return {
-        "command": "pytest bench --benchmark-json all.json; python bench/report.py all.json ...",
+        "command": shlex.join(["pytest", "bench", *options, "--benchmark-json", "all.json"]),
         **{key: first[key] for key in shared},
         "rows": rows,
     }
@@ -53,7 +58,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    result = reduce(json.loads(source.read_text(encoding="utf-8")))
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    source, target, *options = sys.argv[1:]
+    result = reduce(json.loads(Path(source).read_text(encoding="utf-8")), options)
+    Path(target).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
