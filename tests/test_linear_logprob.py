@@ -398,6 +398,8 @@ def test_real_shapes(shape, dtype, wants):
     n, d, vocab = shape
     if IMPL == "triton" and n * vocab > 200_000:
         pytest.skip("hours in Triton's interpreter")
+    if n * d * vocab > 10**10 and wants != "h":
+        pytest.skip("a minute each; the other shapes are as odd")
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=rng).to(dtype)
     weight = (torch.randn(vocab, d, generator=rng) * (3 / d**0.5)).to(dtype)

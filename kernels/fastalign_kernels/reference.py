@@ -17,6 +17,8 @@ import torch
 TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 # A tile reads and writes [rows, D] accumulators: narrower ones would spend their time on that.
 MIN_TILE_COLUMNS = 2048
+# On a CPU, where products of a few rows add up one number after another.
+MAX_TILE_COLUMNS = 4096
 # A sum of exponentials beyond this, or below its inverse, is taken again relative to the true
 # maximum, long before anything overflows.
 LARGEST_SUM = 1e30
@@ -368,7 +370,10 @@ def _tiles(n: int, head: _Head) -> tuple[list[slice], list[tuple[int, int]]]:
     """
     vocab = head.weight.shape[0]
     budget = TILE_BYTES.get(head.weight.device.type, TILE_BYTES["cuda"]) // head.wide.itemsize
-    columns = min(vocab, max(MIN_TILE_COLUMNS, budget // max(n, 1)))
+    columns = max(MIN_TILE_COLUMNS, budget // max(n, 1))
+    if head.weight.device.type == "cpu":
+        columns = min(columns, max(MIN_TILE_COLUMNS, MAX_TILE_COLUMNS))
+    columns = min(columns, vocab)
     height = max(1, budget // columns)
     blocks = [slice(a, min(a + height, n)) for a in range(0, n, height)]
     return blocks, [(a, min(a + columns, vocab)) for a in range(0, vocab, columns)]
@@ -416,7 +421,11 @@ def _product_around(near: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> tor
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b, summed in fp32 (fp64); on a GPU without a second accumulator."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        # Products of a few rows add one number after another: better not to what is there already.
+        if len(a) < 16:
+            total += torch.mm(a, b)
+        else:
+            total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, total.dtype, out=total)
     else:
