@@ -396,8 +396,8 @@ SHAPES = [(1, 576, 49152), (3, 960, 50257), (127, 2304, 151936), (1000, 576, 100
 def test_real_shapes(shape, dtype, wants):
     skip_inexact(dtype)
     n, d, vocab = shape
-    if IMPL == "triton" and n * vocab > 200_000:
-        pytest.skip("hours in Triton's interpreter")
+    if IMPL == "triton" and (vocab > 2000 or wants != "h"):
+        pytest.skip("minutes in Triton's interpreter")
     if n * d * vocab > 10**10 and wants != "h":
         pytest.skip("a minute each; the other shapes are as odd")
     rng = torch.Generator().manual_seed(0)
