@@ -226,19 +226,29 @@ class JsftConfig(_Strict):
     demonstrations: bool = Field(True, description="Also train on the chosen answer.")
 
 
-class Config(_Strict):
+class ModelConfig(_Strict):
+    """A model, with or without a LoRA adapter on it."""
+
+    model_name_or_path: str
+    model_revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
+    )
+    adapter_name_or_path: str | None = Field(
+        None,
+        description="Adapter on it. One that training starts from is also the frozen reference "
+        "and judge.",
+    )
+
+
+class Config(ModelConfig):
     """Everything that a run is made of."""
 
     # What to train
     method: str = Field(
         description="'sft', 'cut', 'jsft', 'dpo', 'unlikelihood', 'hindsight', "
         "'forward-prediction', 'ilf-mle', 'ilf-dpo', or 'file.py:Class'."
-    )
-    model_name_or_path: str
-    model_revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
     )
     attn_implementation: str | None = Field(
         None, description="null: packed, with flash-attn when it is installed."
@@ -249,9 +259,6 @@ class Config(_Strict):
     lora_alpha: PositiveInt = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_target_modules: str | tuple[str, ...] = "all-linear"
-    adapter_name_or_path: str | None = Field(
-        None, description="Adapter to start from; it is also the frozen reference and judge."
-    )
 
     # Data
     datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]

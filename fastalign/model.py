@@ -32,7 +32,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastalign.config import Config, ConfigError
+from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy
 
 if not torch.cuda.is_available():
@@ -47,7 +47,7 @@ POLICY, REFERENCE = "default", "reference"
 GATHER_BUCKET_BYTES = 256 << 20
 
 
-def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
     if config.dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
@@ -71,7 +71,7 @@ def resolve_adapter(config: Config) -> Config:
     path = config.adapter_name_or_path
     if path is None:
         return config
-    held = _adapter_config(path)
+    held = adapter_config(path)
     found = {
         "lora_r": held.r,
         "lora_alpha": held.lora_alpha,
@@ -97,7 +97,11 @@ def resolve_adapter(config: Config) -> Config:
     return config.model_copy(update=found)
 
 
-def _adapter_config(path: str) -> LoraConfig:
+def adapter_config(path: str) -> LoraConfig:
+    """
+    Raises:
+        ConfigError: there is no adapter, or it is no LoRA adapter.
+    """
     try:
         held = PeftConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -107,7 +111,7 @@ def _adapter_config(path: str) -> LoraConfig:
     return held
 
 
-def context_length(config: Config) -> int:
+def context_length(config: ModelConfig) -> int:
     """Most tokens that the model was made for."""
     model = AutoConfig.from_pretrained(
         config.model_name_or_path,
@@ -117,10 +121,10 @@ def context_length(config: Config) -> int:
     return getattr(model.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
-        base = _adapter_config(name).base_model_name_or_path
+        base = adapter_config(name).base_model_name_or_path
         raise ConfigError(
             f"model_name_or_path = {name!r}: an adapter; set adapter_name_or_path to it and "
             f"model_name_or_path to its base, {base}"
@@ -473,7 +477,7 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
     if config.adapter_name_or_path is not None:
         path = config.adapter_name_or_path
         try:
-            held = _adapter_config(path)
+            held = adapter_config(path)
             held.lora_dropout = config.lora_dropout
             adapted = PeftModel.from_pretrained(
                 model, path, adapter_name=POLICY, is_trainable=True, config=held
@@ -591,7 +595,7 @@ def init_distributed(timeout_s: float) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 
 
-def load_generation_config(config: Config) -> GenerationConfig:
+def load_generation_config(config: ModelConfig) -> GenerationConfig:
     """The model's own, or an empty one when it has none."""
     try:
         return GenerationConfig.from_pretrained(

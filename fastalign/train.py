@@ -38,6 +38,7 @@ from fastalign.endpoint import BudgetSpent, Endpoint
 from fastalign.episodes import Episode
 from fastalign.evaluate import Evaluator
 from fastalign.judge import JudgeModel, load_rule
+from fastalign.local import make_renderer
 from fastalign.logprobs import Policy, check_logprobs, check_packing, probe_batch
 from fastalign.methods import Method, Metrics, make_method
 from fastalign.methods.base import Dropped, JudgeKind, as_sampled, plain_prompt
@@ -48,7 +49,6 @@ from fastalign.model import (
     build_model,
     context_length,
     init_distributed,
-    load_generation_config,
     load_tokenizer,
     resolve_adapter,
     resolve_dtype,
@@ -247,29 +247,11 @@ def make_renderers(
     """One for each dataset and then each eval dataset, for each may have its own template;
     ``judge`` is who reads what they render for it, ``kind`` what it is asked for."""
     return [
-        _renderer(config, tokenizer, judge, kind, dataset.template, dataset.chat_template_kwargs)
+        make_renderer(
+            config, tokenizer, judge, kind, dataset.template, dataset.chat_template_kwargs
+        )
         for dataset in (*config.datasets, *config.eval_datasets)
     ]
-
-
-def _renderer(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    judge: JudgeConfig | None,
-    kind: JudgeKind | None,
-    template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Renderer:
-    end = load_generation_config(config).eos_token_id
-    wording = judge.template if judge is not None else None
-    return Renderer(
-        tokenizer,
-        template,
-        chat_template_kwargs,
-        judge_template=wording if kind != "written" else None,
-        written_template=wording if kind == "written" else None,
-        eos_ids=end if isinstance(end, list) else [] if end is None else [end],
-    )
 
 
 def token_lines(records: Sequence[Record], renderers: Sequence[Renderer]) -> list[str]:
@@ -468,7 +450,7 @@ def _model_judges(config: Config, method: Method) -> dict[str, Renderer]:
         if who.type == "model":
             theirs = _in_place(config, who)
             try:
-                made[key] = _renderer(theirs, load_tokenizer(theirs), who, kind)
+                made[key] = make_renderer(theirs, load_tokenizer(theirs), who, kind)
             except ConfigError as error:
                 raise ConfigError(f"{key}.{error}") from None
     return made
