@@ -239,6 +239,13 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     if arguments.resume:
         overrides.append("resume_from_checkpoint=true")
     config = load_config(arguments.recipe, overrides)
+
+    from fastalign.methods import make_method
+
+    try:
+        make_method(config)
+    except ConfigError as error:
+        raise ConfigError(f"{arguments.recipe}: {error}") from None
     if arguments.dry_run:
         print(dump_config(config), end="")
         return OK

@@ -159,6 +159,11 @@ class EndpointConfig(_Strict):
         None, description="Of a reply; null: 16 for a comparison, 256 for a judgment in words."
     )
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of each request, as the server knows them; null takes out one "
+        "of ours: {max_tokens: null, max_completion_tokens: 512, reasoning_effort: low}.",
+    )
     input_cost_per_million: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Price of a million prompt tokens, in any currency."
     )
@@ -325,7 +330,11 @@ class Config(ModelConfig):
     logging_steps: PositiveInt = 1
     save_steps: PositiveInt | None = None
     save_total_limit: PositiveInt = 2
-    eval_steps: PositiveInt | None = None
+    eval_steps: PositiveInt | Literal["round"] | None = Field(
+        None,
+        description="Evaluate at the start, after so many steps each, and at the end; 'round': "
+        "after each epoch, online after each iteration.",
+    )
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = Field(
         None, description="null: unless the metric's name ends in 'loss'."

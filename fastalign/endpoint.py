@@ -173,8 +173,7 @@ class Endpoint:
             reply = self._client.chat.completions.create(
                 model=self.config.model,
                 messages=list(question),
-                temperature=self.config.temperature,
-                max_tokens=max_tokens,
+                extra_body=self._settings(max_tokens),
             )
         except (
             self._openai.AuthenticationError,
@@ -198,6 +197,12 @@ class Endpoint:
             getattr(usage, "completion_tokens", None) or 0,
         )
         return None
+
+    def _settings(self, max_tokens: int) -> dict[str, Any]:
+        """The fields of a request beside model and messages."""
+        ours = {"temperature": self.config.temperature, "max_tokens": max_tokens}
+        settings = ours | self.config.extra_body
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _reserve(self) -> None:
         with self._lock:
@@ -231,7 +236,7 @@ class Endpoint:
 
     def _hash(self, question: Question, max_tokens: int) -> str:
         config = self.config
-        decides = [config.base_url, config.model, config.temperature, max_tokens, list(question)]
+        decides = [config.base_url, config.model, self._settings(max_tokens), list(question)]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _keep(self, name: str, text: str, prompt_tokens: int, completion_tokens: int) -> None:

@@ -632,6 +632,7 @@ def run_rounds(
     config, tracker = run.config, run.tracker
     tracker.start(position.step)
     metrics: dict[str, float] = {}
+    every = config.eval_steps if config.eval_steps != "round" else None
     resumed_at = position.step if position.evaluation_due else None
     if position.evaluation_due:
         position, stop = assess(run, position, pending, evaluate, metrics)
@@ -656,7 +657,7 @@ def run_rounds(
             if position.step % config.logging_steps == 0:
                 # This step's figures alone: rounds and evaluations have lines of their own.
                 tracker.log(position.step, done)
-            if config.eval_steps and position.step % config.eval_steps == 0:
+            if every and position.step % every == 0:
                 position, stop = assess(run, position, pending, evaluate, metrics)
                 if stop:
                     return metrics
@@ -664,7 +665,12 @@ def run_rounds(
                 checkpoint.save_checkpoint(run.model, config, position, pending)
         position = replace(position, round=position.round + 1, batch=0)
         pending = checkpoint.Pending()
-    if config.eval_steps and position.step % config.eval_steps and position.step != resumed_at:
+        # Where there was nothing to train on there is nothing new to evaluate.
+        if config.eval_steps == "round" and examples:
+            position, stop = assess(run, position, pending, evaluate, metrics)
+            if stop:
+                return metrics
+    if every and position.step % every and position.step != resumed_at:
         assess(run, position, pending, evaluate, metrics)
     return metrics
 

@@ -103,7 +103,7 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], list[str]]]:
             ["lr_scheduler_type = 'cosin'", "'cosine'"],
         ),
         "missing recipe": (["train", f"{here}/nowhere.yaml"], ["nowhere.yaml: no such recipe"]),
-        "unknown method": (train("method", method="sfd"), ["method = 'sfd': known are sft"]),
+        "unknown method": (train("method", method="sfd"), ["method.yaml: method = 'sfd': known"]),
         "missing file": (
             train("missing-file", datasets=desk.data("nowhere.jsonl")),
             ["nowhere.jsonl: no such file"],
@@ -147,7 +147,11 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], list[str]]]:
         "evaluation without data": (train("eval", eval_steps=1), ["eval_steps needs held-out"]),
         "judge missing": (
             train("judge", **desk.online(judge=None)),
-            ["judge is missing: online training with method = 'cut' needs someone who judges"],
+            ["judge.yaml: judge is missing: online training with method = 'cut' needs someone"],
+        ),
+        "judge missing, on a dry run": (
+            [*train("dry", **desk.online(judge=None)), "--dry-run"],
+            ["dry.yaml: judge is missing"],
         ),
         "rule missing": (
             train("rule", **desk.online(judge={"path": f"{here}/nowhere.py:rule"})),
@@ -227,7 +231,7 @@ NAMES = [
     "wrong key", "wrong key in a section", "wrong override", "wrong value", "missing recipe",
     "unknown method", "missing file", "bad row", "only bad rows", "wrong columns", "nothing fits",
     "nothing fits, strictly", "missing model", "empty model folder", "no chat template",
-    "missing template", "evaluation without data", "judge missing", "rule missing",
+    "missing template", "evaluation without data", "judge missing", "judge missing, on a dry run", "rule missing",
     "rule without that name", "rule of evaluation missing", "judge model missing",
     "judge template of another form", "too few prompts", "fewer prompts than one round",
     "unknown modules for LoRA", "LoRA on the head", "missing adapter",

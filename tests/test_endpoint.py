@@ -67,7 +67,18 @@ def test_a_question_is_asked_once_also_over_restarts(server, tmp_path):
     }
 
 
-@pytest.mark.parametrize("change", [{"model": "n"}, {"temperature": 0.5}, {"max_tokens": 8}])
+def test_a_request_has_the_fields_that_the_server_wants(server, tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 20, "reasoning_effort": "low"}
+    endpoint(server, tmp_path, extra_body=extra).ask(questions("a"), 9)
+    (request,) = server.asked
+    assert "max_tokens" not in request
+    assert (request["max_completion_tokens"], request["reasoning_effort"]) == (20, "low")
+    assert request["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"extra_body": {"seed": 1}}, {"model": "n"}, {"temperature": 0.5}, {"max_tokens": 8}]
+)
 def test_another_setting_is_another_question(server, tmp_path, change):
     endpoint(server, tmp_path).ask(questions("a"), 9)
     other = endpoint(server, tmp_path, **{k: v for k, v in change.items() if k != "max_tokens"})

@@ -248,7 +248,7 @@ def prefers_longer(question: str) -> tuple[int, str]:
     return 200, "A" if len(a.strip()) >= len(b.strip()) else "B"
 
 
-@pytest.mark.parametrize("eval_steps", [2, 4])
+@pytest.mark.parametrize("eval_steps", [2, 4, "round"])
 def test_evaluation_pauses_too_and_is_made_up_for(server, rule, sharp_llama, tmp_path, eval_steps):
     server.answer = staticmethod(prefers_longer)
     held_out = write_rows(tmp_path / "held-out.jsonl", rows("prompt", 2, seed=3))

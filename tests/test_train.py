@@ -486,6 +486,13 @@ def test_the_last_evaluation_counts_for_the_best_too(tiny_llama, tmp_path):
     assert all(torch.equal(best[name], last[name]) for name in last)
 
 
+@pytest.mark.parametrize(("keys", "steps"), [({}, [0, 3, 6]), ({"max_steps": 4}, [0, 3, 4])])
+def test_evaluation_follows_each_round(tiny_llama, tmp_path, keys, steps):
+    config = evaluated(tiny_llama, tmp_path, eval_steps="round", **keys)
+    train(config)
+    assert [x["step"] for x in logged(config, "eval/loss")] == steps
+
+
 def test_an_unknown_metric_is_named_with_those_there_are(tiny_llama, tmp_path):
     config = evaluated(tiny_llama, tmp_path, eval_steps=1, metric_for_best_model="acuracy")
     with pytest.raises(ConfigError, match=r"metric_for_best_model = 'acuracy': .* eval/loss"):
