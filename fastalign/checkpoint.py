@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastalign.config import Config, ConfigError, dump_config, parse_config
 from fastalign.data import Example, Stream
@@ -23,12 +23,13 @@ from fastalign.model import POLICY, TrainedModel
 
 PREFIX = "checkpoint-"
 START = "start"
+REFERENCE_FILE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
 class Position:
     """Where a run stands: ``step`` updates done; next is batch ``batch`` of round ``round``, after
-    an evaluation where one is due."""
+    an evaluation where one is due.  The policy has become the reference ``references`` times."""
 
     step: int = 0
     round: int = 0
@@ -36,6 +37,7 @@ class Position:
     best_metric: float | None = None
     evals_without_gain: int = 0
     evaluation_due: bool = False
+    references: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     dist.barrier()
     _save_state(model, aside)
+    if position.references:
+        _save_reference(model, aside / REFERENCE_FILE)
     torch.save(_random_state(), aside / f"random-{rank}.pt")
     if pending.episodes is not None:
         lines = "".join(episode.to_json() + "\n" for episode in pending.episodes)
@@ -137,6 +141,8 @@ def load_checkpoint(model: TrainedModel, config: Config, path: Path) -> tuple[Po
     # Written by us, by this program, in this run's own folder: tensors and plain values only.
     _restore_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True))
     position = Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
+    if position.references:
+        model.load_reference(load_file(path / REFERENCE_FILE))
     return position, _load_pending(path)
 
 
@@ -172,6 +178,15 @@ def _save_state(model: TrainedModel, folder: Path) -> None:
     model.engine.save_checkpoint(
         str(folder), tag="state", exclude_frozen_parameters=model.uses_adapter
     )
+
+
+def _save_reference(model: TrainedModel, path: Path) -> None:
+    tensors = {}
+    for name, tensor in model.iter_reference():
+        if dist.get_rank() == 0:
+            tensors[name] = tensor.cpu().clone()
+    if dist.get_rank() == 0:
+        save_file(tensors, path)
 
 
 def _load_state(model: TrainedModel, folder: Path) -> None:

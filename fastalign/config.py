@@ -121,7 +121,17 @@ class OnlineConfig(_Strict):
         64, description="New prompts per round over all ranks."
     )
     num_generations: PositiveInt = Field(1, description="Samples per prompt.")
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst",
+        description="Of more than two samples DPO learns from the best against the worst by the "
+        "judge, or from all pairs that it decides.",
+    )
     num_train_epochs: PositiveInt = Field(1, description="Passes over each round's records.")
+    rounds_per_reference: PositiveInt | None = Field(
+        None,
+        description="Iterated self-judgment: after so many iterations, again and again, the policy "
+        "becomes the reference and with it the judge; null: the start of the run stays both.",
+    )
     fresh_adapter: bool = Field(
         False,
         description="Train each round's adapter anew from the start of the run, by a schedule of "
@@ -231,6 +241,22 @@ class JsftConfig(_Strict):
     demonstrations: bool = Field(True, description="Also train on the chosen answer.")
 
 
+class RsoConfig(_Strict):
+    """Statistical rejection sampling (RSO, arXiv 2309.06657)."""
+
+    beta: PositiveFloat = Field(
+        0.5, description="Temperature of acceptance: a lower one takes fewer samples."
+    )
+
+
+class RestConfig(_Strict):
+    """Reinforced self-training (ReST, arXiv 2308.08998)."""
+
+    quantile: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="A sample is kept when it wins more than this share of its comparisons."
+    )
+
+
 class ModelConfig(_Strict):
     """A model, with or without a LoRA adapter on it."""
 
@@ -253,7 +279,7 @@ class Config(ModelConfig):
     # What to train
     method: str = Field(
         description="'sft', 'cut', 'jsft', 'dpo', 'unlikelihood', 'hindsight', "
-        "'forward-prediction', 'ilf-mle', 'ilf-dpo', or 'file.py:Class'."
+        "'forward-prediction', 'ilf-mle', 'ilf-dpo', 'rso', 'rest', 'raft', or 'file.py:Class'."
     )
     attn_implementation: str | None = Field(
         None, description="null: packed, with flash-attn when it is installed."
@@ -297,6 +323,8 @@ class Config(ModelConfig):
     # Losses
     cut: CutConfig = CutConfig()
     jsft: JsftConfig = JsftConfig()
+    rso: RsoConfig = RsoConfig()
+    rest: RestConfig = RestConfig()
     beta: PositiveFloat = 0.1
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -345,17 +373,23 @@ class Config(ModelConfig):
         default_factory=dict, description="Licences of model and data, written to run.json."
     )
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether the reference moves on with the policy."""
+        return self.online is not None and self.online.rounds_per_reference is not None
+
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.method == "dpo" and self.online is not None and self.online.num_generations < 2:
-            raise ValueError(
-                f"online.num_generations is {self.online.num_generations}: "
-                "pairs need at least 2 samples per prompt"
-            )
         if not (self.cut.align_p or self.cut.align_n or self.cut.misalign):
             raise ValueError("cut.align_p, align_n and misalign are all false: nothing is trained")
         if self.online is not None and self.online.fresh_adapter and not self.use_peft:
             raise ValueError("online.fresh_adapter is true but use_peft is false: set it to true")
+        if self.online is not None and self.online.fresh_adapter and self.refreshes:
+            raise ValueError(
+                f"online.rounds_per_reference is {self.online.rounds_per_reference} and "
+                "online.fresh_adapter is true: a reference that moves on needs a policy that does; "
+                "leave one of them out"
+            )
         for key, who in (("judge", self.judge), ("eval_judge", self.eval_judge)):
             if who is not None:
                 _check_judge(key, who)

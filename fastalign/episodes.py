@@ -52,7 +52,10 @@ class Episode:
             it (ILF).
         judgments: one for each rollout, None meaning fine (written judges).
         noise: for each rollout why its judgment is none to train on, or None (written judges).
-        chosen, rejected: indices into ``rollouts`` (pairwise judges); None when all tie.
+        matches: which two rollouts each of ``verdicts`` compares, a and b (pairwise judges).
+        pairs: rollouts that the method trains on as (chosen, rejected).
+        winner: of a tournament between the rollouts.
+        kept: rollouts that the method imitates (ReST, RAFT, RSO's accepted ones).
     """
 
     index: int
@@ -66,9 +69,11 @@ class Episode:
     weight: float = 1.0
     judgments: tuple[str | None, ...] | None = None
     noise: tuple[str | None, ...] = ()
+    matches: tuple[tuple[int, int], ...] = ()
     verdicts: tuple[Verdict, ...] = ()
-    chosen: int | None = None
-    rejected: int | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+    winner: int | None = None
+    kept: tuple[int, ...] = ()
     sampler_ids: np.ndarray | None = None
     completion: str | None = None
     judgment: str | None = None
@@ -77,6 +82,23 @@ class Episode:
     def asked_ids(self) -> np.ndarray:
         """What the sampler was given, int32."""
         return self.prompt_ids if self.sampler_ids is None else self.sampler_ids
+
+    def preferences(self) -> list[tuple[int, int]]:
+        """(preferred, other) of each match that the judge did not abstain from."""
+        return [
+            (a, b) if seen.preferred == "a" else (b, a)
+            for (a, b), seen in zip(self.matches, self.verdicts, strict=True)
+            if seen.preferred is not None
+        ]
+
+    def wins(self) -> np.ndarray:
+        """How many of its matches each rollout won, [R]."""
+        return np.bincount([w for w, _ in self.preferences()], minlength=len(self.rollouts))
+
+    def points(self) -> np.ndarray:
+        """Wins minus losses of each rollout, [R]."""
+        losses = np.bincount([x for _, x in self.preferences()], minlength=len(self.rollouts))
+        return self.wins() - losses
 
     def refinement_faults(self) -> list[str | None]:
         """Why each rollout is no refinement of ``completion``: "empty", "unchanged", or None."""
@@ -120,8 +142,10 @@ class Episode:
         if any(self.noise):
             row["noise"] = list(self.noise)
         if self.verdicts:
+            row["matches"] = [list(match) for match in self.matches]
             row["verdicts"] = [vars(verdict) for verdict in self.verdicts]
-            row["chosen"], row["rejected"] = self.chosen, self.rejected
+            row["pairs"] = [list(pair) for pair in self.pairs]
+            row["winner"], row["kept"] = self.winner, list(self.kept)
         row |= {
             "finish_reasons": [rollout.finish_reason for rollout in self.rollouts],
             "weight_version": self.rollouts[0].weight_version if self.rollouts else None,
@@ -163,9 +187,11 @@ class Episode:
             weight=row["weight"],
             judgments=tuple(judgments) if judgments is not None else None,
             noise=tuple(noise or ()),
+            matches=tuple((a, b) for a, b in row.get("matches", ())),
             verdicts=tuple(Verdict(**verdict) for verdict in row.get("verdicts", ())),
-            chosen=row.get("chosen"),
-            rejected=row.get("rejected"),
+            pairs=tuple((chosen, rejected) for chosen, rejected in row.get("pairs", ())),
+            winner=row.get("winner"),
+            kept=tuple(row.get("kept", ())),
             sampler_ids=(
                 np.array(row["sampler_ids"], dtype=np.int32) if "sampler_ids" in row else None
             ),

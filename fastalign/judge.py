@@ -166,7 +166,11 @@ class JudgeModel:
             return self.scorer(prompts, token_ids)
         if not prompts:
             return np.zeros((0, len(token_ids)), dtype=np.float32)
-        return self.engine.next_logprobs(prompts, token_ids, self.adapter)
+        # Side by side what begins alike: both orders, all pairs and principles of one prompt, of
+        # which the engine's prefix cache then computes the beginning once.
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">u4").tobytes())
+        found = self.engine.next_logprobs([prompts[i] for i in order], token_ids, self.adapter)
+        return found[np.argsort(order)]
 
     def generate(
         self, prompts: Sequence[np.ndarray], settings: SamplingSettings, seeds: Sequence[int]
@@ -431,35 +435,16 @@ def _name(judge: object) -> str:
 
 
 def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes with the best and the worst of their rollouts, by wins over all pairs.
-
-    Where the judge abstains on every pair, or best and worst tie, there is no pair to train on.
-    """
+    """Episodes in which each rollout is compared with each other one."""
     index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
     given = judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
     _check_count(judge, given, len(index))
     verdicts = iter(given)
     judged = []
     for episode in episodes:
-        points = np.zeros(len(episode.texts))
-        seen = []
-        for i, j in combinations(range(len(episode.texts)), 2):
-            outcome = next(verdicts)
-            seen.append(outcome)
-            if outcome.preferred is not None:
-                winner, loser = (i, j) if outcome.preferred == "a" else (j, i)
-                points[winner] += 1
-                points[loser] -= 1
-        best, worst = int(points.argmax()), int(points.argmin())
-        decided = points[best] > points[worst]
-        judged.append(
-            replace(
-                episode,
-                verdicts=tuple(seen),
-                chosen=best if decided else None,
-                rejected=worst if decided else None,
-            )
-        )
+        matches = tuple(combinations(range(len(episode.texts)), 2))
+        seen = tuple(next(verdicts) for _ in matches)
+        judged.append(replace(episode, matches=matches, verdicts=seen))
     return judged
 
 

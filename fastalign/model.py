@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,7 @@ class TrainedModel:
         reference_engine: second set of weights (full fine-tuning with a reference), else None.
         uses_adapter: LoRA training: the base is frozen and shared.
         has_reference_adapter: the reference is a second adapter rather than the bare base.
+        reference_version: counts how often the reference was replaced.
     """
 
     config: Config
@@ -167,6 +168,7 @@ class TrainedModel:
     device: torch.device
     optimizer: torch.optim.Optimizer
     grad_norm: Callable[[], float]
+    reference_version: int = 0
 
     @property
     def reference_policy(self) -> Policy:
@@ -196,6 +198,40 @@ class TrainedModel:
             finally:
                 self.engine.train(training)
 
+    def adopt_reference(self) -> None:
+        """Make the policy of now the frozen reference; collective."""
+        policy, held = self._policy_tensors(), self._reference_tensors()
+        for name, parameter in held.items():
+            with self._gather([parameter, policy[name]], write=True):
+                parameter.data.copy_(policy[name].data)
+        self.reference_version += 1
+
+    def iter_reference(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors of the reference, by the name of the policy's; collective under ZeRO-3."""
+        return self._iter(self._reference_tensors(), None)
+
+    def load_reference(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the reference by what :meth:`iter_reference` gave; collective."""
+        for name, parameter in self._reference_tensors().items():
+            with self._gather([parameter], write=True):
+                parameter.data.copy_(tensors[name])
+        self.reference_version += 1
+
+    def _policy_tensors(self) -> dict[str, nn.Parameter]:
+        if not self.uses_adapter:
+            return self.named_weights()
+        return {n: p for n, p in self.policy.named_parameters() if f".{POLICY}." in n}
+
+    def _reference_tensors(self) -> dict[str, nn.Parameter]:
+        """What the reference holds of its own, by the policy's names."""
+        if not self.uses_adapter:
+            return dict(self.reference_policy.causal_lm.named_parameters())
+        return {
+            name.replace(f".{REFERENCE}.", f".{POLICY}."): parameter
+            for name, parameter in self.policy.named_parameters()
+            if f".{REFERENCE}." in name
+        }
+
     def named_weights(self) -> dict[str, nn.Parameter]:
         """Base parameters under their checkpoint names (full fine-tuning)."""
         return dict(self.policy.causal_lm.named_parameters())
@@ -206,10 +242,10 @@ class TrainedModel:
 
     def iter_reference_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """The same of the second set of weights."""
-        return self._iter(dict(self.reference_policy.causal_lm.named_parameters()), dtype)
+        return self._iter(self._reference_tensors(), dtype)
 
     def _iter(
-        self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype
+        self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         bucket: list[tuple[str, nn.Parameter]] = []
         size = 0
@@ -247,11 +283,11 @@ class TrainedModel:
         }
 
     def _gathered(
-        self, bucket: list[tuple[str, nn.Parameter]], dtype: torch.dtype
+        self, bucket: list[tuple[str, nn.Parameter]], dtype: torch.dtype | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         with self._gather([parameter for _, parameter in bucket]):
             for name, parameter in bucket:
-                yield name, parameter.detach().to(dtype)
+                yield name, parameter.detach().to(dtype or parameter.dtype)
 
     @contextlib.contextmanager
     def _gather(self, parameters: list[nn.Parameter], write: bool = False) -> Iterator[None]:
@@ -375,7 +411,8 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
         engine=engine,
         reference_engine=reference_engine,
         uses_adapter=config.use_peft,
-        has_reference_adapter=config.adapter_name_or_path is not None,
+        has_reference_adapter=config.use_peft
+        and (config.adapter_name_or_path is not None or config.refreshes),
         zero_stage=stage,
         dtype=dtype,
         device=device,
@@ -499,6 +536,10 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
             adapted = get_peft_model(model, lora)
         except ValueError as error:
             raise ConfigError(f"lora_target_modules = {targets!r}: {_first_line(error)}") from None
+        if config.refreshes:
+            # A new adapter adds nothing to the base, so that this one is the start of the run too.
+            adapted.add_adapter(REFERENCE, replace(lora, inference_mode=True))
+            adapted.set_adapter(POLICY)
     head = adapted.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         raise ConfigError(

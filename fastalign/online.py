@@ -20,8 +20,8 @@ from fastalign.data import Example, Record, Stream
 from fastalign.endpoint import Endpoint, JudgeError
 from fastalign.episodes import Episode, drift, rollout_metrics, sampling_seed
 from fastalign.methods.base import plain_prompt
-from fastalign.model import POLICY, TrainedModel
-from fastalign.rollout import EngineError, SamplingSettings
+from fastalign.model import POLICY, REFERENCE, TrainedModel
+from fastalign.rollout import EngineError, RolloutEngine, SamplingSettings
 from fastalign.run import Run
 from fastalign.templates import Renderer
 
@@ -29,7 +29,7 @@ BASE_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
 def wake(run: Run) -> None:
-    """Wake the engine and give it the current weights.
+    """Wake the engine and give it the current weights, and the reference's where they are new.
 
     Under LoRA only the adapter travels, so the base has to outlive every sleep: its log-probs on a
     fixed prompt are what they were when the run started.
@@ -42,6 +42,7 @@ def wake(run: Run) -> None:
     push_weights(run)
     if not run.model.uses_adapter:
         return
+    _push_reference(run)
     prompt, tokens = BASE_PROBE
     now = run.engine.next_logprobs([prompt], tokens)
     if run.base_logprobs is None:
@@ -53,6 +54,20 @@ def wake(run: Run) -> None:
             f"the base weights did not survive the engine's sleep: log-probs on a fixed prompt "
             f"moved by {change:.3g} on average"
         )
+
+
+def _push_reference(run: Run) -> None:
+    model = run.model
+    if not model.has_reference_adapter or run.reference_pushed == model.reference_version:
+        return
+    assert run.engine is not None
+    run.engine.load_adapter(
+        REFERENCE,
+        model.adapter_tensors(REFERENCE),
+        model.adapter_config(REFERENCE),
+        model.reference_version,
+    )
+    run.reference_pushed = model.reference_version
 
 
 def push_weights(run: Run) -> None:
@@ -95,7 +110,9 @@ def draw(
     with _timed(timings, "time/rollout"):
         run.tracker.phase("rollout")
         n = run.config.online.num_generations
-        episodes = sample(run, mine, round_index, n, run.method.rollout_prompt)
+        assert run.engine is not None
+        with _prefix_cached(timings, "rollout/prefix_cached", run.engine):
+            episodes = sample(run, mine, round_index, n, run.method.rollout_prompt)
     return episodes, timings
 
 
@@ -115,7 +132,10 @@ def collect(
     if config.judge is not None:
         with _timed(timings, "time/judge"):
             run.tracker.phase("judge")
-            episodes = judge_episodes(run, episodes)
+            asked = run.asked.get("judge")
+            judging = asked.engine if isinstance(asked, judge.JudgeModel) else engine
+            with _prefix_cached(timings, "judge/prefix_cached", judging):
+                episodes = [run.method.choose(e) for e in judge_episodes(run, episodes)]
     engine.sleep()
     gap_mean, gap_p99 = sampler_gap(run, episodes)
     episodes = sorted(
@@ -289,6 +309,18 @@ def _gather_objects(mine: list[Any]) -> list[list[Any]]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return parts
+
+
+@contextlib.contextmanager
+def _prefix_cached(figures: dict[str, float], name: str, engine: RolloutEngine) -> Iterator[None]:
+    """The share of the prompt tokens of all ranks that engines did not compute anew; collective."""
+    before = replace(engine.prompt_tokens)
+    yield
+    now = engine.prompt_tokens
+    mine = (now.total - before.total, now.cached - before.cached)
+    total, cached = np.sum(_gather_objects([mine]), axis=(0, 1))
+    if total:
+        figures[name] = cached / total
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from fastalign.tracking import Tracker
 class Run:
     """What the steps of a run share.
 
-    ``asked``: the server or the model beside the policy that judges, by the recipe's section.
+    ``asked``: the server or the model beside the policy that judges, by the recipe's section;
+    ``reference_pushed``: which version of the reference adapter the engine holds.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Run:
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
     version: int = 0
     base_logprobs: np.ndarray | None = None
+    reference_pushed: int | None = None
 
     @cached_property
     def operations(self) -> Operations:

@@ -44,7 +44,6 @@ from fastalign.methods import Method, Metrics, make_method
 from fastalign.methods.base import Dropped, JudgeKind, as_sampled, plain_prompt
 from fastalign.model import (
     POLICY,
-    REFERENCE,
     TrainedModel,
     build_model,
     context_length,
@@ -129,7 +128,13 @@ def train(config: Config) -> dict[str, float]:
         if config.online is not None:
             engine = _make_engine(config, device, method, renderers, eval_renderers)
             asked |= _make_judge_models(config, device, method, judge_renderers, tracker)
-        model = build_model(config, device=device, needs_reference=_needs_reference(config, method))
+        needs_reference = _needs_reference(config, method)
+        if config.refreshes and not needs_reference:
+            raise ConfigError(
+                "online.rounds_per_reference is set, but nothing in this run has a reference: no "
+                "self judge, no loss and no evaluation compares with one; leave it out"
+            )
+        model = build_model(config, device=device, needs_reference=needs_reference)
         run = Run(
             config, method, tokenizer, model, engine, renderers, tracker, rank, world_size, asked
         )
@@ -361,8 +366,7 @@ def plan_rounds(
     order: list[Record] = []
     for epoch in range(math.ceil(config.num_train_epochs)):
         order += [records[i] for i in _order(config, len(records), epoch)]
-    # Pairs come one for a prompt; written judgments one for each sample.
-    per_prompt = 1 if method.judge_kind == "pairwise" else online.num_generations
+    per_prompt = method.examples_per_prompt(online.num_generations)
     examples_per_round = online.prompts_per_iteration * per_prompt * online.num_train_epochs
     per_round = math.ceil(examples_per_round / config.global_batch_size)
     total = config.max_steps or count * per_round
@@ -556,10 +560,6 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     """Push visibly changed weights, see the engine follow the trainer, and put them back."""
     engine, model = run.engine, run.model
     assert engine is not None
-    if model.has_reference_adapter:
-        engine.load_adapter(
-            REFERENCE, model.adapter_tensors(REFERENCE), model.adapter_config(REFERENCE), 0
-        )
     wake(run)
     adapter = POLICY if model.uses_adapter else None
     prompts = [words[:n] for n in range(1, len(words))]
@@ -644,6 +644,7 @@ def run_rounds(
         elif pending.examples:
             examples = pending.examples
         else:
+            position = _move_reference(run, position)
             examples, collected = new_round(run, rounds, position, pending.episodes)
             metrics |= collected
         pending = checkpoint.Pending(examples if config.online else ())
@@ -673,6 +674,18 @@ def run_rounds(
     if every and position.step % every and position.step != resumed_at:
         assess(run, position, pending, evaluate, metrics)
     return metrics
+
+
+def _move_reference(run: Run, position: checkpoint.Position) -> checkpoint.Position:
+    """Iterated self-judgment: where its turn has come, the policy becomes reference and judge."""
+    online = run.config.online
+    if online is None or online.rounds_per_reference is None:
+        return position
+    due = position.round // online.rounds_per_reference
+    if due > position.references:
+        run.model.adopt_reference()
+        run.tracker.say(f"round {position.round + 1}: the policy is the reference from here on")
+    return replace(position, references=due)
 
 
 def new_round(

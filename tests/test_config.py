@@ -104,8 +104,6 @@ def test_defaults_and_types():
          "output_cost_per_million"),
         ({"online": {"fresh_adapter": True}, "judge": {"type": "self"}},
          "R: online.fresh_adapter is true but use_peft is false: set it to true"),
-        ({"method": "dpo", "online": {}, "judge": {"type": "self"}},
-         "R: online.num_generations is 1: pairs need at least 2 samples per prompt"),
         ({"adapter_name_or_path": "x"},
          "R: adapter_name_or_path is set but use_peft is false: set it to true"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"},

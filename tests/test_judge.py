@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -391,37 +391,36 @@ def by_length(prompt, a: str, b: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("texts", "chosen", "rejected"),
+    ("texts", "points"),
     [
-        (("xx", "x"), 0, 1),
-        (("x", "xx"), 1, 0),
-        (("xx", "yy"), None, None),
-        (("xx", "x", "xxx"), 2, 1),
-        # Two share the lead: the first of them.
-        (("xx", "yy", "x"), 0, 2),
-        (("x", "y", "zz"), 2, 0),
-        (("x", "y", "z"), None, None),
+        (("xx", "x"), [1, -1]),
+        (("xx", "yy"), [0, 0]),
+        (("xx", "x", "xxx"), [0, -2, 2]),
+        (("xx", "yy", "x"), [1, 1, -2]),
+        (("x", "y", "z"), [0, 0, 0]),
     ],
 )
-def test_best_and_worst_of_n_by_wins(texts, chosen, rejected):
+def test_each_is_compared_with_each_other(texts, points):
     (seen,) = judge_pairs(judge.RulePairwiseJudge(by_length), [episode(*texts)])
-    assert (seen.chosen, seen.rejected) == (chosen, rejected)
-    assert len(seen.verdicts) == len(texts) * (len(texts) - 1) // 2
+    assert seen.points().tolist() == points
+    assert seen.matches == tuple(combinations(range(len(texts)), 2))
+    assert len(seen.verdicts) == len(seen.matches)
+    assert Episode.from_json(seen.to_json()).verdicts == seen.verdicts
 
 
-def test_a_circle_of_preferences_gives_no_pair():
+def test_a_circle_of_preferences_places_nobody_first():
     beats = {*pairwise("abca")}
     rule = judge.RulePairwiseJudge(lambda _, a, b: 1 if (a, b) in beats else -1)
     (seen,) = judge_pairs(rule, [episode("a", "b", "c")])
-    assert (seen.chosen, seen.rejected) == (None, None)
+    assert seen.points().tolist() == [0, 0, 0] and seen.wins().tolist() == [1, 1, 1]
 
 
 def test_verdicts_of_a_batch_go_to_their_own_episodes():
     first, second = judge_pairs(
         judge.RulePairwiseJudge(by_length), [episode("x", "xx"), episode("xxx", "xx", "x")]
     )
-    assert (first.chosen, first.rejected, len(first.verdicts)) == (1, 0, 1)
-    assert (second.chosen, second.rejected, len(second.verdicts)) == (0, 2, 3)
+    assert first.preferences() == [(1, 0)]
+    assert second.preferences() == [(0, 1), (0, 2), (1, 2)]
 
 
 def test_metrics_are_sums_and_counts_over_verdicts():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import fastalign.train as loop
 from fastalign.batch import make_batch
 from fastalign.config import ConfigError, parse_config
 from fastalign.data import Example, Record, RowError, Sampled
-from fastalign.episodes import Episode, rollout_metrics
+from fastalign.episodes import Episode, Verdict, rollout_metrics
 from fastalign.methods import METHODS, make_method
 from fastalign.methods.base import Dropped
 from fastalign.model import load_tokenizer
@@ -345,15 +346,106 @@ def test_rollouts_are_trained_on_as_sampled(renderer):
 
 def test_dpo_takes_the_judged_pair_or_nothing(renderer):
     dpo = method("dpo", **ONLINE)
-    (pair,) = dpo.from_episode(episode(["ab", "cd", "ef"], chosen=2, rejected=0), renderer)
+    (pair,) = dpo.from_episode(episode(["ab", "cd", "ef"], pairs=((2, 0),)), renderer)
     assert [answer_of(s) for s in pair.streams] == [[101, 102], [97, 98]]
     assert dpo.from_episode(episode(["ab", "cd"]), renderer) == []
-    assert dpo.from_episode(episode(["ab", ""], chosen=0, rejected=1), renderer) == []
+    assert dpo.from_episode(episode(["ab", ""], pairs=((0, 1),)), renderer) == []
+
+
+def judged_by(score, *texts, asked=combinations) -> Episode:
+    """Verdicts of a judge that prefers the higher score and abstains between equal ones."""
+    matches = tuple(asked(range(len(texts)), 2))
+    verdicts = []
+    for a, b in matches:
+        gap = score(texts[a]) - score(texts[b])
+        share = 1 / (1 + np.exp(-gap))
+        winner = None if gap == 0 else "a" if gap > 0 else "b"
+        verdicts.append(Verdict(0.9 * share, 0.9 * (1 - share), winner))
+    return episode(texts, matches=matches, verdicts=tuple(verdicts))
+
+
+@pytest.mark.parametrize(
+    ("texts", "best_worst", "everything"),
+    [
+        (("xx", "x"), ((0, 1),), {(0, 1)}),
+        (("x", "xx"), ((1, 0),), {(1, 0)}),
+        (("xx", "yy"), (), set()),
+        (("xx", "x", "xxx"), ((2, 1),), {(0, 1), (2, 0), (2, 1)}),
+        # Two share the lead: the first of them.
+        (("xx", "yy", "x"), ((0, 2),), {(0, 2), (1, 2)}),
+        (("x", "y", "zz"), ((2, 0),), {(2, 0), (2, 1)}),
+        (("x", "y", "z"), (), set()),
+    ],
+)
+def test_pairs_are_best_against_worst_or_all_that_are_decided(texts, best_worst, everything):
+    judged = judged_by(len, *texts)
+    assert method("dpo", **ONLINE).choose(judged).pairs == best_worst
+    keys = ONLINE | {"online": {"num_generations": 3, "pairs": "all"}}
+    chosen = method("dpo", **keys).choose(judged)
+    assert set(chosen.pairs) == everything and len(chosen.pairs) == len(everything)
+    assert Episode.from_json(chosen.to_json()).pairs == chosen.pairs
+
+
+@pytest.mark.parametrize(
+    ("quantile", "kept"), [(0.0, (0, 1, 3)), (0.5, (0, 3)), (0.34, (0, 3)), (0.9, (3,))]
+)
+def test_rest_keeps_what_wins_more_than_its_quantile(quantile, kept, renderer):
+    rest = method("rest", rest={"quantile": quantile}, **ONLINE)
+    chosen = rest.choose(judged_by(len, "xxx", "xx", "x", "xxxx"))
+    assert chosen.kept == kept
+    answers = [answer_of(e.streams[0]) for e in rest.from_episode(chosen, renderer)]
+    assert answers == [[ord("x")] * n for n in (3, 2, 1, 4) if (3, 2, 1, 4).index(n) in kept]
+
+
+def test_nothing_is_learnt_where_no_match_is_decided(renderer):
+    level = judged_by(lambda _: 0, "ab", "cd", "ef")
+    won_by_lot = replace(level, winner=1)
+    for name, seen in (("dpo", level), ("rso", level), ("rest", level), ("raft", won_by_lot)):
+        subject = method(name, rest={"quantile": 0.0}, **ONLINE)
+        assert subject.from_episode(subject.choose(seen), renderer) == []
+
+
+def test_raft_imitates_the_winner(renderer):
+    raft = method("raft", **ONLINE)
+    # A tournament: 0 against 1, then its winner against 2.
+    seen = judged_by(len, "xx", "x", "xxx", asked=lambda *_: [(0, 1), (0, 2)])
+    (example,) = raft.from_episode(raft.choose(replace(seen, winner=2)), renderer)
+    assert answer_of(example.streams[0]) == [ord("x")] * 3
+
+
+def test_rso_accepts_by_reward_and_pairs_what_it_accepted():
+    """Acceptance of a sample over many prompts is exp((r - max r) / beta), and every pair is one of
+    accepted samples, the better one chosen, no sample twice."""
+    rso = method("rso", rso={"beta": 0.7}, **ONLINE)
+    texts = ("x", "xx", "xxx", "xxxx")
+    seen = judged_by(len, *texts)
+    counts = np.zeros(4)
+    draws = 4000
+    for index in range(draws):
+        chosen = rso.choose(replace(seen, index=index))
+        counts[list(chosen.kept)] += 1
+        used = [i for pair in chosen.pairs for i in pair]
+        assert set(used) <= set(chosen.kept) and len(used) == len(set(used))
+        assert len(chosen.pairs) == len(chosen.kept) // 2
+        assert all(a > b for a, b in chosen.pairs)
+        assert rso.choose(replace(seen, index=index)) == chosen
+    # The mean over the others of the gap in length.
+    reward = np.array([np.mean([i - j for j in range(4) if j != i]) for i in range(4)])
+    expected = np.exp((reward - reward.max()) / 0.7)
+    assert np.abs(counts / draws - expected).max() < 4 * np.sqrt(0.25 / draws)
+
+
+def test_a_certain_judge_gives_rso_a_finite_reward():
+    rso = method("rso", **ONLINE)
+    seen = replace(judged_by(len, "x", "xx"), verdicts=(Verdict(0.0, 1.0, "b"),))
+    assert rso.choose(seen).kept == (1,)
+    nothing = replace(seen, verdicts=(Verdict(0.0, 0.0, None),))
+    assert rso.choose(nothing).kept == (0, 1)
 
 
 def test_rollouts_that_do_not_fit_are_left_out_not_fatal(renderer):
     # Alike within max_length, and no room at all.
-    pair = episode(["abc", "abd"], chosen=0, rejected=1)
+    pair = episode(["abc", "abd"], pairs=((0, 1),))
     assert method("dpo", max_length=5, **ONLINE).from_episode(pair, renderer) == []
     assert method("dpo", max_length=3, **ONLINE).from_episode(pair, renderer) == []
     judged = episode(["abc", "abd"], judgments=(None, "No."))
@@ -555,7 +647,8 @@ def names(run, examples: list[Example]) -> set[str]:
     return set(parts)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The others' losses are those of SFT and DPO.
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("rso", "rest", "raft")])
 def test_idle_repeats_count_for_nothing(run, sharp_llama, tmp_path, name):
     keys = REFINE if name in REFINING else {}
     examples = as_method(run, recipe(name, sharp_llama, tmp_path, **keys))
@@ -689,6 +782,9 @@ def test_unknown_and_unfit_methods_are_refused_by_name():
         else:
             with pytest.raises(ConfigError, match=f"judge is missing: .* method = '{name}'"):
                 method(name, online={"num_generations": 2})
+        if kind.judge_kind == "pairwise":
+            with pytest.raises(ConfigError, match=f"num_generations is 1: .* '{name}' compares"):
+                method(name, **ONLINE | {"online": {}})
         if not kind.wants:
             with pytest.raises(ConfigError, match=f"'{name}' learns from its own rollouts alone"):
                 method(name)

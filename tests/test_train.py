@@ -288,13 +288,16 @@ def test_golden_trajectories(sharp_llama, tmp_path, rule, name):
 # ------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("method", ["dpo", "dpo full", "cut online", "self-judge", "ilf-dpo"])
+RESUMED = ["dpo", "dpo full", "cut online", "self-judge", "ilf-dpo", "iterated", "iterated full"]
+
+
+@pytest.mark.parametrize("method", RESUMED)
 def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(
     sharp_llama, tmp_path, rule, monkeypatch, method
 ):
     keys = {"save_steps": 2, "lora_dropout": 0.2, "learning_rate": 3e-3} | LORA
     name = method.split()[0]
-    if method == "dpo full":
+    if method.endswith("full"):
         keys |= {"use_peft": False, "learning_rate": 3e-4}
     if name == "dpo":
         keys |= {"num_train_epochs": 2.0}
@@ -307,6 +310,12 @@ def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(
         # Two steps a round: the checkpoint at 2 ends the first one.
         keys |= {"online": {"prompts_per_iteration": 4, "num_generations": 2}}
         interruption = 4
+    elif name == "iterated":
+        name = "dpo"
+        # Rounds of three: the checkpoint at 4 is in the second one, which has a new reference.
+        keys |= online("dpo", rule, global_batch_size=2)
+        keys["online"] = keys["online"] | {"rounds_per_reference": 1}
+        interruption = 6
     else:
         name = "dpo"
         # Rounds of three: the checkpoint at 2 is in the first one, that at 4 in the second.
@@ -767,7 +776,7 @@ def test_the_frozen_start_judges_while_the_policy_moves(
             (score_a, score_b), rel=1e-3, abs=1e-7
         )
         assert verdict["preferred"] == ("a" if score_a > score_b else "b")
-        assert row["chosen"] == (0 if score_a > score_b else 1) == 1 - row["rejected"]
+        assert row["pairs"] == [[0, 1] if score_a > score_b else [1, 0]]
         judged += 1
     assert judged > 8
 
@@ -780,6 +789,45 @@ def test_the_frozen_start_judges_while_the_policy_moves(
     if kind == "full":
         assert np.abs(seen["scorer"] - np.stack(expected)).max() < 1e-4
     assert np.abs(seen["policy"] - np.stack(expected)).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "adapter"])
+def test_the_policy_becomes_reference_and_judge(sharp_llama, tmp_path, rule, monkeypatch, kind):
+    """Iterated self-judgment: in the second round the policy that the first one made judges, and
+    rewards are counted from it."""
+    keys = online("dpo", rule, learning_rate=3e-3, lr_scheduler_type="constant")
+    if kind == "adapter":
+        made = recipe("sft", sharp_llama, tmp_path / "start", learning_rate=1e-2, **LORA)
+        train(made)
+        keys |= {"use_peft": True, "adapter_name_or_path": made.output_dir}
+    elif kind == "lora":
+        keys |= LORA
+    sizes = keys["online"] | {"rounds_per_reference": 1}
+    first = recipe(
+        "dpo", sharp_llama, tmp_path / "first", **keys | {"online": sizes | {"iterations": 1}}
+    )
+    train(first)
+    both = recipe("dpo", sharp_llama, tmp_path / "both", **keys | {"online": sizes})
+    seen: dict[str, Any] = {}
+    train_and(both, monkeypatch, lambda run: seen.update(renderer=run.renderers[0]))
+    if kind == "full":
+        model = AutoModelForCausalLM.from_pretrained(first.output_dir, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(sharp_llama, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, first.output_dir).eval()
+    judged = 0
+    for row in episodes_of(both)[1]:
+        (verdict,) = row["verdicts"]
+        if row["completions"][0] != row["completions"][1]:
+            expected = reference_scores(model, seen["renderer"], row, 0, 1)
+            found = (verdict["score_a"], verdict["score_b"])
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            judged += 1
+    assert judged > 3
+    # At the first step of each round policy and reference are one.
+    steps = logged(both, "rewards/margins")
+    assert len(steps) == 4
+    assert [abs(x["rewards/margins"]) < 1e-6 for x in steps] == [True, False, True, False]
 
 
 def test_the_evaluation_judge_may_be_the_start_too(sharp_llama, tmp_path, rule, monkeypatch):

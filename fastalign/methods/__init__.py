@@ -16,6 +16,7 @@ from fastalign.methods.forward_prediction import ForwardPrediction
 from fastalign.methods.hindsight import Hindsight
 from fastalign.methods.ilf import IlfDpo, IlfMle
 from fastalign.methods.jsft import Jsft
+from fastalign.methods.self_training import Raft, Rest, Rso
 from fastalign.methods.sft import Sft, Unlikelihood
 from fastalign.plugins import load_object
 
@@ -31,6 +32,9 @@ METHODS: dict[str, Callable[[Config], Method]] = {
     "forward-prediction": ForwardPrediction,
     "ilf-mle": IlfMle,
     "ilf-dpo": IlfDpo,
+    "rso": Rso,
+    "rest": Rest,
+    "raft": Raft,
 }
 
 

@@ -33,6 +33,8 @@ class Method(Protocol):
         online_wants: kind of record whose prompts it samples from, or None when it has no online
             form.
         judge_kind: who judges its rollouts, or None when nobody does.
+        compares: which of its rollouts a pairwise judge compares: all with each other, or those
+            that meet in a knockout tournament.
         needs_reference: whether the loss compares with the frozen start of the run.
     """
 
@@ -46,6 +48,9 @@ class Method(Protocol):
     def judge_kind(self) -> JudgeKind | None: ...
 
     @property
+    def compares(self) -> Literal["all", "tournament"]: ...
+
+    @property
     def needs_reference(self) -> bool: ...
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
@@ -53,6 +58,12 @@ class Method(Protocol):
 
     def rollout_prompt(self, record: Record, renderer: Renderer) -> np.ndarray:
         """What its rollouts continue, int32 [P]; raises :class:`Dropped`."""
+
+    def choose(self, episode: Episode) -> Episode:
+        """The episode with its ``pairs`` or ``kept`` set, from what the judge said of it."""
+
+    def examples_per_prompt(self, samples: int) -> int:
+        """The most examples that so many samples of one prompt make."""
 
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
         """Streams of the rollouts of one record, with their tokens as they were sampled."""
@@ -90,6 +101,7 @@ class BaseMethod:
     wants: Kind | tuple[Kind, ...] = "completion"
     online_wants: Kind | None = None
     judge_kind: JudgeKind | None = None
+    compares: Literal["all", "tournament"] = "all"
     needs_reference = False
 
     def __init__(self, config: Config) -> None:
@@ -106,9 +118,20 @@ class BaseMethod:
             raise ConfigError(
                 f"judge is missing: online training with {name} needs someone who judges"
             )
+        elif self.judge_kind == "pairwise" and config.online.num_generations < 2:
+            raise ConfigError(
+                f"online.num_generations is {config.online.num_generations}: {name} compares "
+                "answers and needs at least 2 samples per prompt"
+            )
 
     def rollout_prompt(self, record: Record, renderer: Renderer) -> np.ndarray:
         return plain_prompt(record, renderer)
+
+    def choose(self, episode: Episode) -> Episode:
+        return episode
+
+    def examples_per_prompt(self, samples: int) -> int:
+        return samples
 
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
         raise AssertionError(f"{type(self).__name__} has no online form")

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,19 +36,31 @@ class Dpo(BaseMethod):
         )
         return [self._pair(prompt_ids, chosen_ids, rejected_ids, record.weight, record.source)]
 
+    def choose(self, episode: Episode) -> Episode:
+        """Best against worst by wins, or every decided pair (``online.pairs``); none where the
+        judge abstained or best and worst are level."""
+        assert self.config.online is not None
+        if self.config.online.pairs == "all":
+            return replace(episode, pairs=tuple(episode.preferences()))
+        points = episode.points()
+        best, worst = int(points.argmax()), int(points.argmin())
+        level = points[best] == points[worst]
+        return replace(episode, pairs=() if level else ((best, worst),))
+
+    def examples_per_prompt(self, samples: int) -> int:
+        assert self.config.online is not None
+        return samples * (samples - 1) // 2 if self.config.online.pairs == "all" else 1
+
     def from_episode(self, episode: Episode, renderer: Renderer) -> list[Example]:
-        if episode.chosen is None or episode.rejected is None:
-            return []
-        chosen, rejected = (
-            episode.rollouts[i].token_ids for i in (episode.chosen, episode.rejected)
-        )
-        try:
-            return [
-                self._pair(episode.prompt_ids, chosen, rejected, episode.weight, episode.source)
-            ]
-        except Dropped:
+        examples = []
+        for pair in episode.pairs:
+            chosen, rejected = (episode.rollouts[i].token_ids for i in pair)
             # An empty answer, or two that are the same as far as they fit.
-            return []
+            with contextlib.suppress(Dropped):
+                examples.append(
+                    self._pair(episode.prompt_ids, chosen, rejected, episode.weight, episode.source)
+                )
+        return examples
 
     def _pair(
         self,

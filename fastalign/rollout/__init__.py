@@ -10,6 +10,7 @@ import torch
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
+    PromptTokens,
     Rollout,
     RolloutEngine,
     SamplingSettings,
@@ -18,6 +19,7 @@ from fastalign.rollout.engine import (
 
 __all__ = [
     "EngineError",
+    "PromptTokens",
     "Rollout",
     "RolloutEngine",
     "SamplingSettings",

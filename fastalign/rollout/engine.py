@@ -68,6 +68,15 @@ class Rollout:
     weight_version: int
 
 
+@dataclass
+class PromptTokens:
+    """Tokens of the prompts that an engine was given, and those of them that were not computed
+    because an earlier prompt had begun alike."""
+
+    total: int = 0
+    cached: int = 0
+
+
 @dataclass(frozen=True)
 class SyncReport:
     """One weight transfer, proven by content."""
@@ -109,6 +118,7 @@ class RolloutEngine(Protocol):
 
     name: str
     max_model_len: int
+    prompt_tokens: PromptTokens
 
     def generate(
         self,

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from fastalign.config import RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
+    PromptTokens,
     Rollout,
     SamplingSettings,
     SyncReport,
@@ -82,6 +83,7 @@ class HfEngine:
         self._device = torch.device(device)
         self._config = config
         self.max_model_len = max_model_len
+        self.prompt_tokens = PromptTokens()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 model_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
@@ -134,7 +136,7 @@ class HfEngine:
         max_tokens = _CPU_SCORING_TOKENS if self._device.type == "cpu" else _PREFILL_TOKENS
         with torch.inference_mode(), self._using(adapter):
             for rows in self._batches(prompts, max_tokens):
-                unique, source_B = _distinct([prompts[i] for i in rows])
+                unique, source_B = self._distinct([prompts[i] for i in rows])
                 ids_UP, mask_UP = self._pad(unique)
                 logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache=None)
                 logp_UK = logits_UV.log_softmax(dim=-1)[:, wanted].cpu().numpy()
@@ -301,6 +303,20 @@ class HfEngine:
         if rows:
             yield rows
 
+    def _distinct(self, prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+        """The different prompts (equal ones stand side by side) and, for each request, which is
+        its."""
+        unique: list[np.ndarray] = []
+        source_B = np.empty(len(prompts), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            self.prompt_tokens.total += prompt.size
+            if not unique or not np.array_equal(unique[-1], prompt):
+                unique.append(prompt)
+            else:
+                self.prompt_tokens.cached += prompt.size
+            source_B[row] = len(unique) - 1
+        return unique, source_B
+
     def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts as int64 [U, P] with padding on the left, and the mask of what is real."""
         length = max(prompt.size for prompt in prompts)
@@ -343,7 +359,7 @@ class HfEngine:
         version: int,
     ) -> list[Rollout]:
         """Completions of one batch, in its order."""
-        unique, source_B = _distinct(prompts)
+        unique, source_B = self._distinct(prompts)
         ids_UP, mask_UP = self._pad(unique)
         cache = _new_cache(self._model.config)
         logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache)
@@ -476,17 +492,6 @@ def _adapter_tensors(peft_model: Any, name: str) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-
-
-def _distinct(prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The different prompts (equal ones stand side by side) and, for each request, which is its."""
-    unique: list[np.ndarray] = []
-    source_B = np.empty(len(prompts), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        if not unique or not np.array_equal(unique[-1], prompt):
-            unique.append(prompt)
-        source_B[row] = len(unique) - 1
-    return unique, source_B
 
 
 def _positions(mask_UP: torch.Tensor) -> torch.Tensor:

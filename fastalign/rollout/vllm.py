@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from fastalign.config import RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
+    PromptTokens,
     Rollout,
     SamplingSettings,
     SyncReport,
@@ -157,6 +158,7 @@ class VllmEngine:
         self._request_type = LoRARequest
         self._dtype = dtype
         self.max_model_len = max_model_len
+        self.prompt_tokens = PromptTokens()
         self._max_adapters = max_adapters if lora_rank is not None else 0
         self._vocab_size = self._llm.model_config.get_vocab_size()
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign-adapters-")
@@ -419,6 +421,9 @@ class VllmEngine:
             # What was queued may still be, and would be mixed into the next call's answers.
             self._dead = f"a call failed with {type(error).__name__}"
             raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        for prompt, output in zip(prompts, outputs, strict=True):
+            self.prompt_tokens.total += prompt.size
+            self.prompt_tokens.cached += output.num_cached_tokens or 0
         return [output.outputs[0] for output in outputs]
 
     def _send_adapter(self, adapter: _Adapter) -> None:
