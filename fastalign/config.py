@@ -221,7 +221,10 @@ class JudgeConfig(_Strict):
         0.0, description="Of judgments in words by a local model; 0: the most probable tokens."
     )
     principles: tuple[str, ...] = Field(
-        (), description="One judgment per principle (SELF-JUDGE, PR); empty: one overall."
+        (),
+        description="One judgment per principle (SELF-JUDGE, PR), each a name that the template "
+        "knows (helpfulness, honesty, instruction following, truthfulness) or a text of its own; "
+        "empty: one overall.",
     )
     decision_tokens: tuple[str, str] = (" A", " B")
     tie_threshold: Annotated[float, Field(ge=0)] = Field(

@@ -15,7 +15,7 @@ import json
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -90,32 +90,101 @@ class Template:
     }
 
 
+PRINCIPLES: Mapping[str, str] = {
+    "helpfulness": "Helpfulness: the response gives the user what they are after, clearly, "
+    "completely and to the point.",
+    "honesty": "Honesty: the response sounds as sure as it has reason to be, and says so where it "
+    "does not know.",
+    "instruction following": "Instruction following: the response does what was asked, in the form "
+    "and within the limits that were set.",
+    "truthfulness": "Truthfulness: what the response states is true and agrees with what it was "
+    "given, and nothing in it is made up.",
+}
+"""The principles by which UltraFeedback rates (arXiv 2310.01377), in words of our own."""
+
+
 @dataclass(frozen=True)
 class JudgeTemplate:
     """How two answers are put before a judge, C(x, a, b) of arXiv 2402.11253, section 3.1.
 
-    The assistant's turn is opened with ``decision``, so that the next token is the verdict.
+    The assistant's turn is opened with ``decision``, so that the next token is the verdict.  A
+    principle stands at the end of the question, so that an engine's prefix cache keeps dialogue and
+    answers for all principles; the paper's layout has it in ``principle_system``.
     """
 
     system: str = "You compare two responses to the same conversation and say which one is better."
-    """System text without a principle; empty: none."""
-    principle_system: str = (
-        "You compare two responses to the same conversation and say which one is better, "
-        "judging by this principle alone: {principle}"
-    )
-    """System text when one principle is judged."""
+    """System text; empty: none."""
+    principle_system: str | None = None
+    """System text when one principle is judged; null: the same text."""
     prompt: str = (
         "### Conversation\n{dialogue}\n\n### Response A\n{a}\n\n### Response B\n{b}\n\n"
         "Which response is better? Answer with A or B."
     )
     """The question; {dialogue} is the prompt's text, or its turns with their roles."""
+    principle_prompt: str | None = (
+        "### Conversation\n{dialogue}\n\n### Response A\n{a}\n\n### Response B\n{b}\n\n"
+        "### Principle\n{principle}\n\n"
+        "Which response is better by this principle alone? Answer with A or B."
+    )
+    """The question when one principle is judged; null: the same one.  A file that words ``prompt``
+    or ``principle_system`` has none but its own.  {principle} stands here or in
+    ``principle_system``."""
+    principles: Mapping[str, str] = field(default_factory=lambda: PRINCIPLES)
+    """What {principle} says, by name; any other principle stands for itself.  The names of a file
+    are added to the built-in ones."""
     decision: str = "The better response is"
     """What the assistant has said already; empty: the verdict is its first token."""
+    rationale: str = "\n\nResponse A: {a}\n\nResponse B: {b}"
+    """What JSFT trains on behind the verdict where a comparison gives reasons: {a} and {b} are
+    those of the answers in these slots."""
 
     placeholders: ClassVar[dict[str, tuple[str, ...]]] = {
-        "principle_system": ("principle",),
+        "principle_system": (),
         "prompt": ("dialogue", "a", "b"),
+        "principle_prompt": ("dialogue", "a", "b"),
+        "rationale": ("a", "b"),
     }
+    optional: ClassVar[dict[str, tuple[str, ...]]] = {
+        "principle_system": ("principle",),
+        "principle_prompt": ("principle",),
+    }
+
+    def asked(self, principle: str | None, **shown: str) -> tuple[str, str]:
+        """(system text, question) of a comparison under one principle, or overall.
+
+        Raises:
+            ConfigError: the template has no place for a principle.
+        """
+        if principle is None:
+            return self.system, self.prompt.format(**shown)
+        if not self.names_principle():
+            raise ConfigError(
+                f"judge.template: has no {{principle}}, where {principle!r} would stand: add "
+                "principle_prompt or principle_system"
+            )
+        text = self.principles.get(_principle_name(principle), principle)
+        system, prompt = self.principle_system, self.principle_prompt
+        return (
+            self.system if system is None else system.format(principle=text),
+            (self.prompt if prompt is None else prompt).format(principle=text, **shown),
+        )
+
+    def names_principle(self) -> tuple[str, ...]:
+        """The fields in which {principle} stands."""
+        return tuple(
+            name
+            for name in ("principle_system", "principle_prompt")
+            if "principle" in _placeholders(getattr(self, name) or "")
+        )
+
+
+def _principle_name(name: str) -> str:
+    """ "Instruction_Following" and "instruction following" are one principle."""
+    return name.replace("_", " ").casefold().strip()
+
+
+def _placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
 
 @dataclass(frozen=True)
@@ -195,7 +264,9 @@ class Renderer:
         tokenizer: A Hugging Face tokenizer.
         template: "chat", "alpaca" or the path of a YAML file with the keys of :class:`Template`;
             None is "chat".
-        chat_template_kwargs: Passed on to the tokenizer's chat template.
+        chat_template_kwargs: Passed on to the tokenizer's chat template.  Judges never think:
+            where the template knows ``enable_thinking`` it is False for what they are asked,
+            whatever stands here.
         judge_template: Path of a YAML file with the keys of :class:`JudgeTemplate`.
         written_template: Path of a YAML file with the keys of :class:`WrittenTemplate`.
         eos_ids: Further token ids that end a turn, those of the model's generation config.
@@ -223,6 +294,9 @@ class Renderer:
         self.judge = load_judge_template(judge_template)
         self.written = load_written_template(written_template)
         self._kwargs = dict(chat_template_kwargs or {})
+        # A judge is read by the token that follows; its own thoughts would stand there.
+        knows_thinking = "enable_thinking" in str(tokenizer.chat_template)
+        self._judge_kwargs = self._kwargs | ({"enable_thinking": False} if knows_thinking else {})
         self._bos: list[int] = []
         self._decisions: dict[tuple[str, ...], tuple[int, int]] = {}
         if self.template.format == "chat":
@@ -298,11 +372,49 @@ class Renderer:
         """The question which of two answers is better, up to the decision token, int32 [P].
 
         C(x, a, b) of arXiv 2402.11253; the next token is one of :meth:`decision_ids`.
+        ``principle`` is a name of the judge template's ``principles`` or a text of its own; None
+        judges overall.
 
         Raises:
             RowError: the chat template cannot show the question (no system turn, for example).
+            ConfigError: the judge template has no place for a principle.
         """
         return self._encode(self._judge_text(messages, a, b, principle, tools))
+
+    def judgment(
+        self,
+        messages: Messages,
+        a: str,
+        b: str,
+        slot: int,
+        principle: str | None = None,
+        rationales: tuple[str, str] | None = None,
+        tools: Tools = None,
+        source: str = "",
+        tokens: Sequence[str] = (" A", " B"),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(judge prompt ids, ids of the judgment), int32 [P] and [J].
+
+        The judgment begins with the decision token, that of ``tokens`` for the better ``slot``.
+        With ``rationales``, of ``a`` and of ``b``, these and the turn's end follow (PR of arXiv
+        2402.11253); without, J = 1.
+
+        Raises:
+            RowError: naming ``source``, as :meth:`judge_prompt_ids`; or the rationales cannot be
+                tokenised behind the decision, or hold an end token.
+            ConfigError: as :meth:`judge_prompt_ids` and :meth:`decision_ids`.
+        """
+        asked = self._judge_text(messages, a, b, principle, tools, source)
+        prompt_ids = self._encode(asked)
+        decided_ids = np.append(prompt_ids, np.int32(self.decision_ids(tokens)[slot]))
+        if rationales is None:
+            return prompt_ids, decided_ids[len(prompt_ids) :]
+        decided = asked + tokens[slot]
+        reasons = self.judge.rationale.format(a=rationales[0], b=rationales[1])
+        ids = self._extend(decided_ids, decided, decided + reasons + self._turn_end, source)
+        ids = self._with_end(ids[len(prompt_ids) :])
+        self._check_one_end(ids, "comparisons", reasons, source)
+        return prompt_ids, ids
 
     def written_prompt_ids(
         self, messages: Messages, answer: str, tools: Tools = None
@@ -393,9 +505,7 @@ class Renderer:
         after = self._render([*worded, answer], tools, open_answer=False, source=source)
         prompt_ids = self._encode(before)
         ids = self._extend(prompt_ids, before, self._to_turn_end(after, source), source)
-        completion_ids = ids[len(prompt_ids) :]
-        if not self._turn_end:
-            completion_ids = np.append(completion_ids, np.int32(self._end_id))
+        completion_ids = self._with_end(ids[len(prompt_ids) :])
         self._check_one_end(completion_ids, field, text, source)
         return prompt_ids, completion_ids
 
@@ -467,7 +577,7 @@ class Renderer:
                 f"{source}: field messages: no turn is trained on", "messages: no answer"
             )
         if not self._turn_end:
-            ids = np.append(ids, np.int32(self._end_id))
+            ids = self._with_end(ids)
             spans.append((len(ids) - 1, len(ids)))
         mask = np.zeros(len(ids), np.bool_)
         for start, end in spans:
@@ -545,19 +655,16 @@ class Renderer:
     ) -> list[Message]:
         """The comparison of two answers as a system turn and a question, in the words that
         :meth:`judge_prompt_ids` puts before the model itself."""
-        return _asked(self._judge_system(principle), self._judge_question(messages, a, b))
+        return _asked(*self._judge_question(messages, a, b, principle))
 
     def written_messages(self, messages: Messages, answer: str) -> list[Message]:
         """The question of :meth:`written_prompt_ids` as a system turn and a user turn."""
         return _asked(self.written.system, self._written_question(messages, answer))
 
-    def _judge_system(self, principle: str | None) -> str:
-        if principle is None:
-            return self.judge.system
-        return self.judge.principle_system.format(principle=principle)
-
-    def _judge_question(self, messages: Messages, a: str, b: str) -> str:
-        return self.judge.prompt.format(dialogue=_transcript(messages), a=a, b=b)
+    def _judge_question(
+        self, messages: Messages, a: str, b: str, principle: str | None
+    ) -> tuple[str, str]:
+        return self.judge.asked(principle, dialogue=_transcript(messages), a=a, b=b)
 
     def _judge_text(
         self,
@@ -566,21 +673,20 @@ class Renderer:
         b: str,
         principle: str | None,
         tools: Tools,
+        source: str = "",
     ) -> str:
-        question = self._judge_question(messages, a, b)
-        return self._question_text(self._judge_system(principle), question, tools) + (
-            self.judge.decision
-        )
+        system, question = self._judge_question(messages, a, b, principle)
+        return self._question_text(system, question, tools, source) + self.judge.decision
 
     def _written_question(self, messages: Messages, answer: str) -> str:
         return self.written.prompt.format(dialogue=_transcript(messages), answer=answer)
 
-    def _question_text(self, system: str, question: str, tools: Tools) -> str:
+    def _question_text(self, system: str, question: str, tools: Tools, source: str = "") -> str:
         if self.template.format == "text":
             question = self.template.prompt.format(instruction=question)
         asked = [{"role": "user", "content": question}]
         self._open_with(system, asked)
-        return self._render(asked, tools, open_answer=True)
+        return self._render(asked, tools, open_answer=True, source=source, judges=True)
 
     def _render(
         self,
@@ -589,6 +695,7 @@ class Renderer:
         *,
         open_answer: bool,
         source: str = "",
+        judges: bool = False,
     ) -> str:
         where = f"{source}: " if source else ""
         if self.template.format == "text":
@@ -599,7 +706,7 @@ class Renderer:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=open_answer,
-                **self._kwargs,
+                **(self._judge_kwargs if judges else self._kwargs),
             )
         except _TEMPLATE_FAILURES as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -692,6 +799,10 @@ class Renderer:
                 "chat template: the answer has another end",
             )
         return text[: len(text) - len(self._suffix)] + self._turn_end
+
+    def _with_end(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of an answer with its end, which some templates do not write."""
+        return ids if self._turn_end else np.append(ids, np.int32(self._end_id))
 
     def _check_one_end(self, answer_ids: np.ndarray, field: str, answer: str, source: str) -> None:
         """An end token inside would teach the model to stop there, and to go on after stopping."""
@@ -832,9 +943,29 @@ def load_judge_template(path: str | None) -> JudgeTemplate:
     """The built-in judge template, or one from a YAML file.
 
     Raises:
-        ConfigError: no such file, unknown keys, wrong values or placeholders.
+        ConfigError: no such file, unknown keys, wrong values or placeholders; {principle} in both
+            or none of its places.
     """
-    return JudgeTemplate() if path is None else _from_file(path, JudgeTemplate)
+    if path is None:
+        return JudgeTemplate()
+    values = _values(path, JudgeTemplate)
+    if values.keys() & {"prompt", "principle_system"}:
+        # The built-in question would not go with the words of the file.
+        values.setdefault("principle_prompt", None)
+    named = {_principle_name(name): text for name, text in values.get("principles", {}).items()}
+    template = JudgeTemplate(**values | {"principles": {**PRINCIPLES, **named}})
+    places = template.names_principle()
+    if len(places) == 2:
+        raise ConfigError(
+            f"{path}: {{principle}} stands in principle_system and in principle_prompt: want it in "
+            "one of them"
+        )
+    if not places and (values.get("principle_system") or values.get("principle_prompt")):
+        raise ConfigError(
+            f"{path}: {{principle}} stands in neither principle_system nor principle_prompt: want "
+            "it in one of them"
+        )
+    return template
 
 
 def load_written_template(path: str | None) -> WrittenTemplate:
@@ -853,6 +984,11 @@ def load_written_template(path: str | None) -> WrittenTemplate:
 
 
 def _from_file(path: str, kind: type[Any]) -> Any:
+    return kind(**_values(path, kind))
+
+
+def _values(path: str, kind: type[Any]) -> dict[str, Any]:
+    """The keys and values of a template file, checked."""
     values = read_yaml(path, "template")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, value in values.items():
@@ -860,29 +996,44 @@ def _from_file(path: str, kind: type[Any]) -> Any:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
             raise ConfigError(f"{path}: {name} is no key of a template: {hint}")
-        default = fields[name].default
-        if isinstance(default, tuple):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise ConfigError(f"{path}: {name} = {value!r}: want a list of texts")
-            values[name] = tuple(value)
-        elif not isinstance(value, str) and not (value is None and default is None):
-            raise ConfigError(f"{path}: {name} = {value!r}: want text")
+        values[name] = _checked(f"{path}: {name}", value, fields[name])
     for name, wanted in kind.placeholders.items():
-        if name in values:
-            _check_placeholders(f"{path}: {name}", values[name], wanted)
-    return kind(**values)
+        if values.get(name) is not None:
+            optional = getattr(kind, "optional", {}).get(name, ())
+            _check_placeholders(f"{path}: {name}", values[name], wanted, optional)
+    return values
 
 
-def _check_placeholders(name: str, text: str, wanted: Sequence[str]) -> None:
+def _checked(name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    """A value of the kind that the field takes."""
+    if field.default is dataclasses.MISSING:
+        if not isinstance(value, dict) or not all(
+            isinstance(text, str) for item in value.items() for text in item
+        ):
+            raise ConfigError(f"{name} = {value!r}: want a mapping of names to texts")
+        return value
+    if isinstance(field.default, tuple):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{name} = {value!r}: want a list of texts")
+        return tuple(value)
+    if not isinstance(value, str) and not (value is None and "None" in str(field.type)):
+        raise ConfigError(f"{name} = {value!r}: want text")
+    return value
+
+
+def _check_placeholders(
+    name: str, text: str, wanted: Sequence[str], optional: Sequence[str] = ()
+) -> None:
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
         raise ConfigError(f"{name}: {error} (a brace of the text is written twice)") from None
     found = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
-    if found != set(wanted) or not plain:
+    if not plain or not set(wanted) <= found <= {*wanted, *optional}:
+        right = " and perhaps ".join(_listed(names) for names in (wanted, optional) if names)
         raise ConfigError(
-            f"{name}: has {_listed(sorted(found)) or 'no placeholder'}: want {_listed(wanted)} "
+            f"{name}: has {_listed(sorted(found)) or 'no placeholder'}: want {right} "
             "(a brace of the text is written twice)"
         )
 

@@ -436,7 +436,11 @@ def _judging_room(
     if kind == "written":
         return who.max_tokens + max(len(r.written_prompt_ids(empty, "")) for r in renderers)
     # The second answer.
-    around = max(len(r.judge_prompt_ids(empty, "", "")) for r in renderers)
+    around = max(
+        len(r.judge_prompt_ids(empty, "", "", principle))
+        for r in renderers
+        for principle in who.principles or (None,)
+    )
     return config.max_completion_length + around
 
 

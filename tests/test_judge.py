@@ -508,8 +508,9 @@ def test_an_endpoint_is_asked_in_both_orders(server, renderer, tmp_path, monkeyp
     assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer secret")
     assert (request["model"], request["temperature"], request["max_tokens"]) == ("m", 0.0, 16)
     assert [m["role"] for m in request["messages"]] == ["system", "user"]
-    systems = {r["messages"][0]["content"] for r in server.asked}
-    assert len(systems) == 2 and all("honesty" in s or "brevity" in s for s in systems)
+    questions = [r["messages"][1]["content"] for r in server.asked]
+    for principle in ("Honesty: ", "brevity\n"):
+        assert sum(f"### Principle\n{principle}" in question for question in questions) == 4
 
 
 def test_an_endpoint_that_is_busy_is_asked_again(server, renderer, tmp_path):

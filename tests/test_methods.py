@@ -299,8 +299,8 @@ def test_jsft_judges_once_for_each_principle(renderer):
     judge = {"type": "self", "principles": ["honesty", "brevity"]}
     made = method("jsft", judge=judge, jsft={"demonstrations": False}).from_record(record, renderer)
     prompts = [text_of(renderer, prompt_of(e.streams[0])) for e in made]
-    assert ["honesty" in p for p in prompts] == [True, True, False, False]
-    assert ["brevity" in p for p in prompts] == [False, False, True, True]
+    assert ["Honesty: the" in p for p in prompts] == [True, True, False, False]
+    assert ["\nbrevity\n" in p for p in prompts] == [False, False, True, True]
     with pytest.raises(Dropped, match="judgment does not fit"):
         method("jsft", max_length=40).from_record(record, renderer)
 

@@ -18,12 +18,14 @@ from fastalign.templates import (
     CUT_OFF,
     NO_ANSWER,
     NO_ROOM,
+    PRINCIPLES,
     TEMPLATES,
     JudgeTemplate,
     Renderer,
     WrittenTemplate,
     fit,
     fit_stream,
+    load_judge_template,
     load_template,
     load_written_template,
 )
@@ -512,11 +514,46 @@ def test_judge_prompt(tiny):
     assert text_of(renderer, renderer.judge_prompt_ids([user("Why?")], "{a}", "b")) == (
         f"<|im_start|>system\n{system}.<|im_end|>\n{question}"
     )
-    ids = renderer.judge_prompt_ids([user("Why?")], "{a}", "b", "Honesty")
-    assert text_of(renderer, ids) == (
-        f"<|im_start|>system\n{system}, judging by this principle alone: Honesty<|im_end|>\n"
-        f"{question}"
-    )
+    # A principle stands at the end; one without a text in the template stands for itself.
+    for principle, text in (
+        ("{wit}", "{wit}"),
+        ("honesty", PRINCIPLES["honesty"]),
+        ("Instruction_Following", PRINCIPLES["instruction following"]),
+    ):
+        ids = renderer.judge_prompt_ids([user("Why?")], "{a}", "b", principle)
+        asked = f"### Principle\n{text}\n\nWhich response is better by this principle alone?"
+        assert text_of(renderer, ids) == f"<|im_start|>system\n{system}.<|im_end|>\n" + (
+            question.replace("Which response is better?", asked)
+        )
+        messages = renderer.judge_messages([user("Why?")], "{a}", "b", principle)
+        assert [m["role"] for m in messages] == ["system", "user"]
+        assert all(m["content"] in text_of(renderer, ids) for m in messages)
+
+
+def common_prefix(rows: list[np.ndarray]) -> np.ndarray:
+    shortest = min(map(len, rows))
+    table = np.stack([row[:shortest] for row in rows])
+    same = (table == table[0]).all(axis=0)
+    return rows[0][: shortest if same.all() else int(same.argmin())]
+
+
+@pytest.mark.parametrize("form", ["chat", "alpaca", "no system turn"])
+def test_principles_share_all_tokens_up_to_their_own(tiny, framing, form):
+    """What an engine's prefix cache keeps: the dialogue and both answers, for every principle."""
+    renderer = Renderer(framing) if form == "no system turn" else Renderer(tiny, form)
+    messages = [user("One?"), assistant("Yes."), user("Two?")]
+    asked = ["overall", *PRINCIPLES, "wit"]
+    rows = [
+        renderer.judge_prompt_ids(
+            messages, "the first", "the second", p if p != "overall" else None
+        )
+        for p in asked
+    ]
+    text = text_of(renderer, common_prefix(rows))
+    # Nothing before the principle differs, not even the end of the second answer.
+    assert "### Response A\nthe first\n\n### Response B\nthe second" in text
+    assert text_of(renderer, common_prefix(rows[1:])).endswith("the second\n\n### Principle\n")
+    assert len(set(map(bytes, rows))) == len(asked)
 
 
 def test_judge_prompt_shows_every_turn_of_a_dialogue(tiny):
@@ -568,7 +605,8 @@ def test_judge_of_a_model_without_system_turns(framing):
         Renderer(framing), Renderer(framing).judge_prompt_ids([user("x")], "a", "b", "P")
     )
     assert text.startswith("<s>[INST] You compare two responses")
-    assert "this principle alone: P\n\n### Conversation\nx\n\n### Response A\na\n" in text
+    assert "which one is better.\n\n### Conversation\nx\n\n### Response A\na\n" in text
+    assert "### Principle\nP\n\n" in text
     assert text.endswith(" [/INST]The better response is")
 
 
@@ -679,11 +717,148 @@ def test_judge_template_file(tmp_path, tiny):
     assert text_of(renderer, renderer.judge_prompt_ids([user("x")], "y", "z")) == text
     ids = renderer.judge_prompt_ids([user("x")], "y", "z", "P")
     assert text_of(renderer, ids) == "<|im_start|>system\n<P><|im_end|>\n" + text
-    path.write_text("prompt: '{dialogue} {a}'", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"judge\.yaml: prompt: has {a} and {dialogue}: want"):
-        Renderer(tiny, judge_template=str(path))
     with pytest.raises(ConfigError, match="no such template"):
         Renderer(tiny, judge_template="none.yaml")
+
+
+def test_a_principle_goes_where_the_file_says(tmp_path, tiny):
+    path = tmp_path / "judge.yaml"
+    path.write_text(
+        "principle_system: Be fair.\nprinciple_prompt: '{dialogue}|{a}|{b}|{principle}'\n"
+        "principles: {Wit: 'Wit: it is funny.', honesty: Never lie.}\n",
+        encoding="utf-8",
+    )
+    template = load_judge_template(str(path))
+    shown = {"dialogue": "x", "a": "{y}", "b": "z"}
+    assert template.asked(None, **shown) == JudgeTemplate().asked(None, **shown)
+    for principle, text in (
+        ("wit", "Wit: it is funny."),
+        ("honesty", "Never lie."),
+        ("helpfulness", PRINCIPLES["helpfulness"]),
+        ("{a}", "{a}"),
+    ):
+        assert template.asked(principle, **shown) == ("Be fair.", f"x|{{y}}|z|{text}")
+    # A question of the file's own has no built-in sister.
+    path.write_text("prompt: '{dialogue}|{a}|{b}'\n", encoding="utf-8")
+    renderer = Renderer(tiny, judge_template=str(path))
+    renderer.judge_prompt_ids([user("x")], "y", "z")
+    with pytest.raises(ConfigError) as caught:
+        renderer.judge_prompt_ids([user("x")], "y", "z", "wit")
+    assert str(caught.value) == (
+        "judge.template: has no {principle}, where 'wit' would stand: add principle_prompt or "
+        "principle_system"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt: '{dialogue} {a}'", "F: prompt: has {a} and {dialogue}: want {dialogue} and {a}"),
+        ("prompt: null", "F: prompt = None: want text"),
+        ("principles: [wit]", "F: principles = ['wit']: want a mapping of names to texts"),
+        ("principles: {wit: 3}", "F: principles = {'wit': 3}: want a mapping of names to texts"),
+        (
+            "principle_prompt: '{a} {principle}'",
+            "F: principle_prompt: has {a} and {principle}: want {dialogue} and {a} and {b} and "
+            "perhaps {principle} (",
+        ),
+        ("principle_system: '{a}'", "F: principle_system: has {a}: want {principle} ("),
+        ("rationale: '{a}'", "F: rationale: has {a}: want {a} and {b} ("),
+        (
+            "{principle_system: 'By {principle}', principle_prompt: '{dialogue}{a}{b}{principle}'}",
+            "F: {principle} stands in principle_system and in principle_prompt: want it in one",
+        ),
+        (
+            "principle_prompt: '{dialogue} {a} {b}'",
+            "F: {principle} stands in neither principle_system nor principle_prompt: want it in o",
+        ),
+        (
+            "principle_system: Be fair.",
+            "F: {principle} stands in neither principle_system nor principle_prompt: want it in o",
+        ),
+    ],
+)
+def test_judge_template_file_errors(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_judge_template(str(path))
+    assert str(caught.value).replace(str(path), "F").startswith(message)
+
+
+# --- what a judge is trained to say ---
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [("chat", "<|im_end|>"), ("alpaca", "<|im_end|>")], ids=["chat", "text"]
+)
+def test_a_judgment_is_the_decision_and_then_the_rationales(tiny, name, end):
+    renderer = Renderer(tiny, name)
+    for slot, token in enumerate((" A", " B")):
+        prompt, ids = renderer.judgment([user("Why?")], "a", "b", slot, "honesty")
+        assert (
+            prompt.tolist()
+            == renderer.judge_prompt_ids([user("Why?")], "a", "b", "honesty").tolist()
+        )
+        assert (ids.dtype, ids.tolist()) == (np.int32, [renderer.decision_ids()[slot]])
+        _, ids = renderer.judgment([user("Why?")], "a", "b", slot, None, ("It {lies}.", "True."))
+        text = f"{token}\n\nResponse A: It {{lies}}.\n\nResponse B: True.{end}"
+        assert text_of(renderer, ids) == text
+        assert ids[0] == renderer.decision_ids()[slot] and ids[-1] == tiny.eos_token_id
+    with pytest.raises(RowError, match=r"^f:1: field comparisons: .*end-of-turn token '<\|im_end"):
+        renderer.judgment([user("x")], "a", "b", 0, None, ("x<|im_end|>", "y"), source="f:1")
+
+
+def test_judgments_of_other_templates_and_tokens(tiny, framing, tmp_path):
+    # An end that the chat template does not write, one behind a space, other letters and words.
+    endless = Renderer(make_tokenizer(ENDLESS))
+    _, ids = endless.judgment([user("x")], "a", "b", 1, None, ("R", "S"))
+    assert text_of(endless, ids) == " B\n\nResponse A: R\n\nResponse B: S</s>"
+    _, ids = Renderer(framing).judgment([user("x")], "a", "b", 0, None, ("R", "S"))
+    assert text_of(Renderer(framing), ids) == " A\n\nResponse A: R\n\nResponse B: S </s>"
+    path = tmp_path / "judge.yaml"
+    path.write_text("decision: 'Better:'\nrationale: ', for {b} / {a}'\n", encoding="utf-8")
+    own = Renderer(tiny, judge_template=str(path))
+    _, ids = own.judgment([user("x")], "y", "z", 1, None, ("R", "S"), tokens=("1", "2"))
+    assert text_of(own, ids) == "2, for S / R<|im_end|>"
+    # A text that would melt into the decision is tokenised behind it: it was read alone.
+    path.write_text("rationale: 'n{a}{b}'\n", encoding="utf-8")
+    own = Renderer(tiny, judge_template=str(path))
+    _, ids = own.judgment([user("x")], "y", "z", 0, None, ("swer", ""))
+    assert ids[0] == own.decision_ids()[0] and text_of(own, ids) == " Answer<|im_end|>"
+
+
+# Opens a thought unless it is told not to, as Qwen 3.5 does.
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [OPENING, THINKING], ids=["opening", "silent"])
+@pytest.mark.parametrize("kwargs", [None, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_judges_do_not_think(tiny_llama, template, kwargs):
+    """The decision follows its opening, whatever the rows of the dataset are rendered with."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template
+    renderer = Renderer(tokenizer, None, kwargs)
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    thought = "<think>\nhm\n</think>\nyes"
+    text = text_of(renderer, renderer.judge_prompt_ids([user("x")], thought, "b", "honesty"))
+    assert text.endswith(f"A or B.<|im_end|>\n{closed}The better response is")
+    # An answer's own thought is part of what is judged.
+    assert text.count("<think>") == 2 and thought in text
+    written = text_of(renderer, renderer.written_prompt_ids([user("x")], thought))
+    assert written.endswith(closed) and thought in written
+    prompt, ids = renderer.judgment([user("x")], "a", "b", 0, None, ("R", "S"))
+    assert text_of(renderer, prompt).endswith(f"{closed}The better response is")
+    assert text_of(renderer, ids) == " A\n\nResponse A: R\n\nResponse B: S<|im_end|>"
+    # What is trained on and sampled is as the dataset says.
+    on = "<think>\n" if template is OPENING else ""
+    plain = closed if kwargs == {"enable_thinking": False} else f"<|im_start|>assistant\n{on}"
+    assert text_of(renderer, renderer.prompt_ids([user("x")])).endswith(f"<|im_end|>\n{plain}")
 
 
 @pytest.mark.parametrize(
