@@ -13,18 +13,24 @@ kind           columns
 ``prompt``     ``prompt``
 ``completion`` ``prompt``, ``completion``
 ``judged``     ``prompt``, ``completion``, ``judgment`` (null or "" means fine), ``score`` optional
-``preference`` ``prompt``, ``chosen``, ``rejected``; or ``chosen``, ``rejected`` as whole dialogues
+``preference`` ``prompt``, ``chosen``, ``rejected``; or ``chosen``, ``rejected`` as whole dialogues;
+               ``comparisons`` optional: a list of ``{"preferred": "chosen" or "rejected"}``, with
+               ``principle``, ``rationale_chosen`` and ``rationale_rejected`` where they are known
 ``messages``   ``messages``, with ``"loss": false`` on assistant turns that are not trained on
 =============  ==================================================================================
 
 ``instruction``, ``input``, ``output`` (Alpaca) stand for ``prompt`` and ``completion``; ``system``,
 ``tools`` and ``weight`` are optional everywhere.  ``prompt_ids`` and ``token_ids`` beside a
-completion are the tokens it was sampled as.  A row of an online run's episode log (``prompt``,
-``completions``, ``judgments``, ...) is read as one row for each of its completions.
+completion are the tokens it was sampled as.
+
+A row of an online run's episode log (``prompt``, ``completions``, ``token_ids``, ...) is read as
+one row for each of its completions.  A row of UltraFeedback as it is published (``instruction``,
+``completions`` with ``annotations``) is read as one preference with a comparison by principle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -46,6 +52,7 @@ Message = dict[str, Any]
 COLUMNS = (
     "prompt", "completion", "judgment", "score", "chosen", "rejected", "messages",
     "instruction", "input", "output", "system", "tools", "weight", "prompt_ids", "token_ids",
+    "comparisons",
 )  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FINE_SCORE = 7.0
@@ -86,13 +93,27 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Which answer of a pair is the better one, by what, and why.
+
+    ``principle`` is None where the answers were compared overall; ``rationales`` are those of the
+    chosen and of the rejected answer.
+    """
+
+    preferred: Literal["chosen", "rejected"]
+    principle: str | None = None
+    rationales: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """One row of any kind, canonical after every loader.
 
     ``prompt`` holds the messages before the answer (empty for kind ``messages``); ``judgment`` is
     None when the completion is fine.  ``sampled`` holds the completion's recorded tokens, which are
-    its only where the tokenizer still writes it so.  ``dataset`` is the index of the record's
-    DatasetConfig, whose template options render it.
+    its only where the tokenizer still writes it so.  ``comparisons`` of a pair are None where its
+    row says nothing of them, and empty where it says that there are none.  ``dataset`` is the index
+    of the record's DatasetConfig, whose template options render it.
     """
 
     kind: Kind
@@ -102,6 +123,7 @@ class Record:
     sampled: Sampled | None = None
     chosen: str | None = None
     rejected: str | None = None
+    comparisons: tuple[Comparison, ...] | None = None
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
     weight: float = 1.0
@@ -230,7 +252,7 @@ def load_records(
     Args:
         datasets: The sources; each is sampled by its ``max_samples`` and ``weight``.
         strict: A malformed row is an error instead of being dropped and counted.
-        seed: Decides which rows a subsample keeps.
+        seed: Decides which rows a subsample keeps, and which of several completions make a pair.
         want: The kinds that the method can use, the best first; None takes what a file has.
             A file of another kind is converted where no meaning is lost: everything to ``prompt``
             (answers are dropped), ``preference`` and ``messages`` to ``completion`` (the chosen or
@@ -263,17 +285,17 @@ def _load(
             drops.add(item.reason, str(item))
             continue
         try:
-            answers = _answers(*item) if targets != ("prompt",) else [_Answer(*item)]
+            answers = _answers(*item, seed) if targets != ("prompt",) else [_Answer(*item)]
         except RowError as error:
             if strict:
                 raise
             drops.add(error.reason, str(error))
             continue
         for answer in answers:
-            if answer.unjudged is None:
+            if answer.unfit is None:
                 read.append((answer.source, answer.values))
             else:
-                drops.add(answer.unjudged, answer.source)
+                drops.add(answer.unfit, answer.source)
     rows = len(read) + drops.total
     if not rows:
         raise ConfigError(f"{dataset.path}: holds no rows")
@@ -433,22 +455,30 @@ def _checked_row(source: str, value: Any) -> tuple[str, dict[str, Any]] | RowErr
     )
 
 
-# --- episodes ----------------------------------------------------------------------------------
+# --- rows of several completions ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """One row, or one completion of an episode; ``unjudged`` says why it has no judgment."""
+    """One row, or what one is made into; ``unfit`` says why it is left out."""
 
     source: str
     values: dict[str, Any]
-    unjudged: str | None = None
+    unfit: str | None = None
 
 
-def _answers(source: str, values: dict[str, Any]) -> list[_Answer]:
-    """A row as it stands, and a row of an episode log as one for each completion."""
-    if not {"prompt", "completions", "token_ids"} <= values.keys():
-        return [_Answer(source, values)]
+def _answers(source: str, values: dict[str, Any], seed: int = 0) -> list[_Answer]:
+    """A row as it stands; one of an episode log as a row for each completion, one of UltraFeedback
+    as a pair."""
+    if {"prompt", "completions", "token_ids"} <= values.keys():
+        return _sampled_answers(source, values)
+    if {"instruction", "completions"} <= values.keys() and not values.keys() & {"output", "chosen"}:
+        return [_rated_pair(_Row(source, values), seed)]
+    return [_Answer(source, values)]
+
+
+def _sampled_answers(source: str, values: dict[str, Any]) -> list[_Answer]:
+    """The completions of an episode, each with its judgment."""
     if "completion" in values:
         # A completion of its own beside those that were sampled: the tokens are theirs.
         own = {k: v for k, v in values.items() if k not in ("prompt_ids", "token_ids")}
@@ -478,6 +508,121 @@ def _answers(source: str, values: dict[str, Any]) -> list[_Answer]:
     return answers
 
 
+TOO_FEW_RATED = "completions: fewer than two have ratings"
+ALL_TIE = "completions: none is rated below the best"
+
+
+@dataclass(frozen=True)
+class _Rated:
+    """A completion with its (rating, rationale) by principle, where it has a rating."""
+
+    text: str
+    ratings: dict[str, tuple[float, str]]
+
+    @property
+    def mean(self) -> float:
+        return sum(rating for rating, _ in self.ratings.values()) / len(self.ratings)
+
+
+def _rated_pair(row: _Row, seed: int) -> _Answer:
+    """The pair of a row of UltraFeedback (arXiv 2310.01377), as JSFT takes it (arXiv 2402.11253):
+    the completion of the highest mean rating, and one of those that are rated lower.
+
+    Ties for the best and the choice among the others are drawn by ``seed`` and the row's own texts.
+    The completions stand in the order of their models' names, so the first is not just any.
+    """
+    found = _column(row, "completions", None)
+    rated = [answer for i, x in enumerate(found) if (answer := _rated(row, i, x)) is not None]
+    kept = {name: value for name, value in row.values.items() if name != "completions"}
+    if len(rated) < 2:
+        return _Answer(row.source, kept, TOO_FEW_RATED)
+    rng = _row_rng(seed, row.get("instruction"), rated)
+    highest = max(answer.mean for answer in rated)
+    best = _draw(rng, [answer for answer in rated if answer.mean == highest])
+    lower = [a for a in rated if a.mean < highest and a.text.strip() != best.text.strip()]
+    if not lower:
+        return _Answer(row.source, kept, ALL_TIE)
+    other = _draw(rng, lower)
+    pair = {"chosen": best.text, "rejected": other.text, "comparisons": _by_principle(best, other)}
+    return _Answer(row.source, kept | pair)
+
+
+def _rated(row: _Row, index: int, value: Any) -> _Rated | None:
+    """One completion; None where it says nothing or nobody rated it."""
+    name = f"completions[{index}]"
+    if not isinstance(value, dict):
+        raise row.error(name, value, 'want {"response": ..., "annotations": ...}', "wrong type")
+    text = _text(row, f"{name}.response", value.get("response"), empty=True)
+    annotations = value.get("annotations")
+    if not isinstance(annotations, dict):
+        right = "want an object of principles"
+        raise row.error(f"{name}.annotations", annotations, right, "wrong type")
+    ratings = {}
+    for principle, annotation in annotations.items():
+        if annotation is None:
+            continue
+        field = f"{name}.annotations.{principle}"
+        if not isinstance(annotation, dict):
+            raise row.error(field, annotation, 'want {"Rating": ..., ...}', "wrong type")
+        rating = _rating(row, f"{field}.Rating", annotation.get("Rating"))
+        if rating is not None:
+            ratings[principle] = (rating, _rationale(row, field, annotation))
+    return _Rated(text, ratings) if ratings and text.strip() else None
+
+
+def _rating(row: _Row, name: str, value: Any) -> float | None:
+    if value is None or value == "N/A":
+        return None
+    number = math.nan
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise row.error(name, value, 'want a number or "N/A"', "not a rating")
+    return number
+
+
+# The annotator saw four texts at once, the judge sees two others.
+_OTHER_TEXTS = re.compile(r"\bTexts?\s*\d")
+
+
+def _rationale(row: _Row, name: str, annotation: dict[str, Any]) -> str:
+    """Why a completion has its rating, "" where nothing of use is said."""
+    parts = []
+    for key in ("Rationale", "Rationale For Rating"):
+        if annotation.get(key) is not None:
+            parts.append(_text(row, f"{name}.{key}", annotation[key], empty=True).strip())
+    text = " ".join(part for part in parts if part)
+    return "" if _OTHER_TEXTS.search(text) else text
+
+
+def _by_principle(best: _Rated, other: _Rated) -> list[dict[str, Any]]:
+    """A comparison for each principle by which both are rated, and not alike."""
+    comparisons = []
+    for principle, (rating, rationale) in best.ratings.items():
+        rating_other, rationale_other = other.ratings.get(principle, (rating, ""))
+        if rating == rating_other:
+            continue
+        comparison = {
+            "principle": principle.replace("_", " "),
+            "preferred": "chosen" if rating > rating_other else "rejected",
+        }
+        if rationale and rationale_other:
+            comparison |= {"rationale_chosen": rationale, "rationale_rejected": rationale_other}
+        comparisons.append(comparison)
+    return comparisons
+
+
+def _row_rng(seed: int, instruction: Any, rated: Sequence[_Rated]) -> np.random.Generator:
+    texts = json.dumps([seed, instruction, [answer.text for answer in rated]], default=str)
+    digest = hashlib.blake2b(texts.encode("utf-8"), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def _draw(rng: np.random.Generator, answers: Sequence[_Rated]) -> _Rated:
+    return answers[int(rng.integers(len(answers)))]
+
+
 def read_answers(path: str) -> tuple[list[tuple[Record, bool]], Drops]:
     """Every answer of a file of rows or episodes, and whether it has a judgment to train on.
 
@@ -498,7 +643,7 @@ def read_answers(path: str) -> tuple[list[tuple[Record, bool]], Drops]:
                 drops.add("completion: empty", row.source)
                 continue
             record = _record(row, "judged", 0)
-            judged = "judgment" in row.values and answer.unjudged is None
+            judged = "judgment" in row.values and answer.unfit is None
             noise = record.judgment is not None and noise_reason(record.judgment) is not None
             answers.append((record, judged and not noise))
     if not answers:
@@ -604,7 +749,13 @@ def _record(row: _Row, kind: Kind, dataset: int) -> Record:
         return Record(messages=_dialogue(row), **common)
     if kind == "preference":
         prompt, chosen, rejected = _pair(row)
-        return Record(prompt=prompt, chosen=chosen, rejected=rejected, **common)
+        return Record(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            comparisons=_comparisons(row),
+            **common,
+        )
     prompt = _prompt(row)
     if kind == "prompt":
         return Record(prompt=prompt, **common)
@@ -821,6 +972,46 @@ def _pair(row: _Row) -> tuple[tuple[Message, ...], str, str]:
     return prompt, chosen, rejected
 
 
+_COMPARISON = ("preferred", "principle", "rationale_chosen", "rationale_rejected")
+
+
+def _comparisons(row: _Row) -> tuple[Comparison, ...] | None:
+    value = row.get("comparisons")
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise row.error("comparisons", value, "want a list of comparisons", "wrong type")
+    return tuple(_comparison(row, f"comparisons[{i}]", item) for i, item in enumerate(value))
+
+
+def _comparison(row: _Row, name: str, value: Any) -> Comparison:
+    if not isinstance(value, dict):
+        right = 'want {"preferred": "chosen" or "rejected", ...}'
+        raise row.error(name, value, right, "wrong type")
+    given = {key: item for key, item in value.items() if item is not None}
+    unknown = next((key for key in given if key not in _COMPARISON), None)
+    if unknown is not None:
+        right = f"no key of a comparison: known are {', '.join(_COMPARISON)}"
+        raise row.error(f"{name}.{unknown}", given[unknown], right, "unknown key")
+    preferred = given.get("preferred")
+    if preferred not in ("chosen", "rejected"):
+        right = "want 'chosen' or 'rejected'"
+        raise row.error(f"{name}.preferred", preferred, right, "prefers neither")
+    texts = {
+        key: _text(row, f"{name}.{key}", item) for key, item in given.items() if key != "preferred"
+    }
+    rationales = [texts.get(f"rationale_{answer}") for answer in ("chosen", "rejected")]
+    if (rationales[0] is None) != (rationales[1] is None):
+        missing = "rationale_chosen" if rationales[0] is None else "rationale_rejected"
+        right = "a rationale of one answer needs that of the other"
+        raise row.error(f"{name}.{missing}", None, right, "one rationale")
+    return Comparison(
+        preferred=preferred,
+        principle=texts.get("principle"),
+        rationales=(rationales[0], rationales[1]) if rationales[0] and rationales[1] else None,
+    )
+
+
 _HH_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -946,7 +1137,7 @@ def _convert(record: Record, target: Kind) -> Record:
         _check_prompt(row, "messages", list(record.messages), prompt)
     bare = replace(
         record, kind=target, prompt=(), messages=(), sampled=None,
-        completion=None, judgment=None, chosen=None, rejected=None,
+        completion=None, judgment=None, chosen=None, rejected=None, comparisons=None,
     )  # fmt: skip
     if target == "prompt":
         return replace(bare, prompt=prompt)

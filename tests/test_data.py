@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fastalign.config import ConfigError, DatasetConfig
 from fastalign.data import (
+    Comparison,
     Example,
     Record,
     Sampled,
@@ -154,6 +155,266 @@ def test_malformed_episodes_are_named(tmp_path, change, message):
     good = write(tmp_path / "good.jsonl", [EPISODE])
     assert error_of(tmp_path, {**EPISODE, **change}, "judged").startswith(message)
     assert load(good, "judged", strict=False)[0]
+
+
+# --- UltraFeedback as it is published ---
+
+
+def rated(response: str, **ratings) -> dict:
+    """A completion of UltraFeedback; a rating is "4", or ("4", rationale[, for the rating])."""
+    annotations = {}
+    for principle, value in ratings.items():
+        rating, *why = value if isinstance(value, tuple) else (value,)
+        keys = ("Rationale", "Rationale For Rating")
+        annotations[principle] = {"Rating": rating, **dict(zip(keys, why, strict=False))}
+    return {"model": "m", "response": response, "annotations": annotations, "critique": "c"}
+
+
+def ultra(*completions: dict, instruction: str = "q") -> dict:
+    shared = {"source": "flan", "models": ["m"] * len(completions), "correct_answers": ["None"]}
+    return shared | {"instruction": instruction, "completions": list(completions)}
+
+
+def test_ultrafeedback_is_a_pair_with_comparisons(tmp_path):
+    row = ultra(
+        rated(
+            "good",
+            helpfulness=("5", "It helps.", "Nothing lacks."),
+            honesty=("3", "It boasts."),
+            instruction_following=("4", "It follows."),
+            truthfulness=("N/A", "None is needed."),
+        ),
+        rated(
+            "bad",
+            helpfulness=("2", "It is short.", "Much lacks."),
+            honesty=("4", " It doubts. "),
+            instruction_following=("4", "It follows too."),
+            truthfulness=("1", "It lies."),
+        ),
+    )
+    record = load_row(tmp_path, row, ("preference", "completion"))
+    assert (record.kind, record.prompt) == ("preference", (user("q"),))
+    # Means 4 and 11 / 4.
+    assert (record.chosen, record.rejected) == ("good", "bad")
+    assert record.comparisons == (
+        Comparison(
+            "chosen", "helpfulness", ("It helps. Nothing lacks.", "It is short. Much lacks.")
+        ),
+        Comparison("rejected", "honesty", ("It boasts.", "It doubts.")),
+    )
+    # Other kinds take the demonstration or the prompt.
+    (shown,) = load_rows(tmp_path, [row], ("completion", "messages"))
+    assert (shown.completion, shown.comparisons) == ("good", None)
+    assert load_row(tmp_path, row, "messages").messages == (user("q"), assistant("good"))
+    assert load_row(tmp_path, row, "prompt").prompt == (user("q"),)
+
+
+def test_rationales_that_say_nothing_of_use_are_left_out(tmp_path):
+    for why in (
+        ("",),
+        (None,),
+        (),
+        (" \n", ""),
+        ("Text 2 is better.",),
+        ("Fine.", "As Texts 1-3."),
+    ):
+        row = ultra(rated("a", honesty=(5, "Yes.")), rated("b", honesty=(1, *why)))
+        record = load_row(tmp_path, row)
+        assert record.comparisons == (Comparison("chosen", "honesty"),), why
+    row = ultra(rated("a", honesty=(5, "The text is.")), rated("b", honesty=(1, "Texting 2.")))
+    assert load_row(tmp_path, row).comparisons == (
+        Comparison("chosen", "honesty", ("The text is.", "Texting 2.")),
+    )
+
+
+def test_the_best_completion_against_one_that_is_rated_lower(tmp_path):
+    """Over many seeds every pair that the rule allows is drawn, and no other, about equally often;
+    the row decides by its texts, not by where it stands."""
+    # Means 4, 4, 3, 3.5, no rating, no answer, 4 in the words of the first.
+    row = ultra(
+        rated("a", helpfulness="5", honesty="3", truthfulness="N/A"),
+        rated("b", helpfulness="4", honesty="4"),
+        rated("c", helpfulness="3", honesty=None),
+        rated("d", helpfulness=3, honesty="4.0"),
+        rated("e", helpfulness="N/A", honesty=None),
+        rated("  ", helpfulness="1"),
+        rated(" a", helpfulness="2"),
+    )
+    lines = write(tmp_path / "u.jsonl", [row])
+    filler = [
+        ultra(rated("x", honesty=2), rated("y", honesty=1), instruction=f"{i}") for i in "abc"
+    ]
+    later = write(tmp_path / "later.jsonl", [*filler, row])
+    seen: Counter = Counter()
+    for seed in range(400):
+        (record,) = load(lines, "preference", seed=seed)[0]
+        pair = record.chosen, record.rejected
+        seen[pair] += 1
+        if seed < 20:
+            *_, again = load(later, "preference", seed=seed)[0]
+            assert (again.chosen, again.rejected) == pair
+            assert again.comparisons == record.comparisons
+    allowed = {("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("b", " a")}
+    assert set(seen) == allowed
+    # A half each for the best, then even: 5 standard deviations of a binomial with p >= 1 / 6.
+    expected = {pair: 1 / 4 if pair[0] == "a" else 1 / 6 for pair in allowed}
+    for pair, p in expected.items():
+        assert abs(seen[pair] - 400 * p) < 5 * math.sqrt(400 * p * (1 - p)), (pair, seen)
+
+
+def test_rows_without_a_pair_are_counted(tmp_path):
+    tie = ultra(rated("a", honesty="4", helpfulness="2"), rated("b", honesty="3", helpfulness="3"))
+    same = ultra(rated("a", honesty="4"), rated("a ", honesty="3"))
+    alone = ultra(rated("a", honesty="4"), rated("b", honesty="N/A"))
+    good = ultra(rated("a", honesty="4"), rated("b", honesty="3"))
+    # By the same principles neither is better; the means are not the same.
+    other = ultra(rated("a", honesty="4", helpfulness="2"), rated("b", honesty="4"))
+    rows = [tie, same, alone, ultra(), good, other]
+    for want, strict in itertools.product(("preference", "completion", None), (True, False)):
+        path = write(tmp_path / "u.jsonl", rows)
+        records, report = load(path, want, strict)
+        assert [record.source for record in records] == [f"{path}:5", f"{path}:6"]
+        assert report.dropped == {
+            "completions: none is rated below the best": 2,
+            "completions: fewer than two have ratings": 2,
+        }
+    (record,) = load_rows(tmp_path, [other], "preference")
+    assert (record.chosen, record.comparisons) == ("b", ())
+    # Prompts are of use without.
+    assert len(load_rows(tmp_path, rows, "prompt")) == 6
+    with pytest.raises(ConfigError, match="none of 1 rows can be used: 1 x completions: none is r"):
+        load_rows(tmp_path, [tie], "preference")
+
+
+def test_ultrafeedback_is_read_alike_from_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        ultra(rated("a", honesty=("4", "x", "y")), rated("b", honesty=("3", "z"))),
+        ultra(rated("a", helpfulness=("4", "x")), rated("b", helpfulness="N/A", honesty="2")),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "u.parquet")
+    expected, _ = load(write(tmp_path / "u.jsonl", rows), "preference")
+    found, _ = load(tmp_path / "u.parquet", "preference")
+    assert [r.comparisons for r in found] == [r.comparisons for r in expected]
+    assert [len(r.comparisons) for r in found] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ("x", "completions: value 'x': want a list"),
+        (["x"], 'completions[0]: value \'x\': want {"response": ..., "annotations": ...}'),
+        (
+            [rated("a", honesty=1), {"response": "b"}],
+            "completions[1].annotations: value None: want",
+        ),
+        ([{"annotations": {}}], "completions[0].response: value None: want text"),
+        (
+            [{"response": "a", "annotations": {"honesty": "5"}}],
+            "completions[0].annotations.honesty: value '5': want {\"Rating\": ..., ...}",
+        ),
+        *(
+            (
+                [rated("a", honesty=rating)],
+                f"completions[0].annotations.honesty.Rating: value {rating!r}: want a number or "
+                '"N/A"',
+            )
+            for rating in ("five", "nan", "1e999", True, [4], math.inf)
+        ),
+        (
+            [rated("a", honesty=10**400)],
+            f"completions[0].annotations.honesty.Rating: value 1{'0' * 59}...: want a number",
+        ),
+        (
+            [rated("a", honesty=("4", 3))],
+            "completions[0].annotations.honesty.Rationale: value 3: want text",
+        ),
+        (
+            [rated("a", honesty=("4", "x", "\ud800"))],
+            "completions[0].annotations.honesty.Rationale For Rating: value '\\ud800': holds half",
+        ),
+    ],
+)
+def test_malformed_ratings_are_named(tmp_path, completions, message):
+    row = {"instruction": "q", "completions": completions}
+    assert error_of(tmp_path, row, "preference").startswith(f"F:1: field {message}")
+    good = ultra(rated("a", honesty="4"), rated("b", honesty="3"))
+    records, report = load(write(tmp_path / "two.jsonl", [row, good]), "preference", strict=False)
+    assert len(records) == 1 and sum(report.dropped.values()) == 1
+
+
+def test_episodes_and_rated_completions_are_kept_apart(tmp_path):
+    """Both have a column of this name; a file may even hold both."""
+    pair = ultra(rated("a", honesty="4"), rated("b", honesty="3"))
+    path = write(tmp_path / "both.jsonl", [EPISODE, pair])
+    assert [r.completion for r in load(path, "judged", strict=False)[0]] == ["one", "two"]
+    assert [r.chosen for r in load(path, "preference", strict=False)[0]] == ["a"]
+    # Alpaca's answers and pairs that were chosen by somebody else stay what they are.
+    assert load_row(tmp_path, pair | {"output": "own"}, "completion").completion == "own"
+    chosen = load_row(tmp_path, pair | {"chosen": "b", "rejected": "a"}, "preference")
+    assert (chosen.chosen, chosen.comparisons) == ("b", None)
+    # An online run's log may come from a prompt that was called an instruction.
+    log = {**EPISODE, "instruction": "p"}
+    assert [r.completion for r in load_rows(tmp_path, [log], "judged")] == ["one", "two"]
+
+
+# --- comparisons ---
+
+
+def test_comparisons_of_a_pair(tmp_path):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    assert load_row(tmp_path, row).comparisons is None
+    assert load_row(tmp_path, row | {"comparisons": None}).comparisons is None
+    assert load_row(tmp_path, row | {"comparisons": []}).comparisons == ()
+    full = {
+        "preferred": "rejected",
+        "principle": "wit",
+        "rationale_chosen": "dull",
+        "rationale_rejected": "funny",
+    }
+    nulls = {"preferred": "chosen", "principle": None, "rationale_chosen": None}
+    found = load_row(tmp_path, row | {"comparisons": [full, nulls]})
+    assert found.comparisons == (
+        Comparison("rejected", "wit", ("dull", "funny")),
+        Comparison("chosen"),
+    )
+    renamed = row | {"ratings": [{"preferred": "chosen"}]}
+    record = load_row(tmp_path, renamed, columns={"comparisons": "ratings"})
+    assert record.comparisons == (Comparison("chosen"),)
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "message"),
+    [
+        ("x", "comparisons: value 'x': want a list of comparisons"),
+        (["x"], 'comparisons[0]: value \'x\': want {"preferred": "chosen" or "rejected", ...}'),
+        ([{}], "comparisons[0].preferred: value None: want 'chosen' or 'rejected'"),
+        ([{"preferred": "a"}], "comparisons[0].preferred: value 'a': want 'chosen' or 'rejected'"),
+        ([{"preferred": ["chosen"]}], "comparisons[0].preferred: value ['chosen']: want 'chosen'"),
+        (
+            [{"preferred": "chosen"}, {"preferred": "chosen", "principle": 3}],
+            "comparisons[1].principle: value 3: want text",
+        ),
+        (
+            [{"preferred": "chosen", "rationale": "x"}],
+            "comparisons[0].rationale: value 'x': no key of a comparison: known are preferred, pri",
+        ),
+        (
+            [{"preferred": "chosen", "rationale_chosen": " "}],
+            "comparisons[0].rationale_chosen: value ' ': must not be empty",
+        ),
+        (
+            [{"preferred": "chosen", "rationale_chosen": "x"}],
+            "comparisons[0].rationale_rejected: value None: a rationale of one answer needs that "
+            "of the other",
+        ),
+    ],
+)
+def test_malformed_comparisons_are_named(tmp_path, comparisons, message):
+    row = {"prompt": "p", "chosen": "x", "rejected": "y", "comparisons": comparisons}
+    assert error_of(tmp_path, row, "preference").startswith(f"F:1: field {message}")
 
 
 # --- columns of every kind ---
@@ -604,7 +865,23 @@ COLUMN_VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "loss", "tool_calls", "text", "type"]),
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "loss",
+                    "tool_calls",
+                    "text",
+                    "type",
+                    "preferred",
+                    "principle",
+                    "response",
+                    "annotations",
+                    "honesty",
+                    "Rating",
+                    "Rationale",
+                ]
+            ),
             inner,
             max_size=4,
         )
@@ -614,7 +891,7 @@ COLUMN_VALUES = st.recursive(
 NAMES = st.sampled_from(
     ["prompt", "completion", "judgment", "score", "chosen", "rejected", "messages", "instruction",
      "input", "output", "system", "tools", "weight", "other", "completions", "judgments", "noise",
-     "token_ids", "prompt_ids"]
+     "token_ids", "prompt_ids", "comparisons"]
 )  # fmt: skip
 
 
