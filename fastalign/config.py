@@ -242,6 +242,11 @@ class JsftConfig(_Strict):
         1.0, description="Weight of a judgment row against a demonstration."
     )
     demonstrations: bool = Field(True, description="Also train on the chosen answer.")
+    comparisons: Literal["rationale", "principle", "ignore"] = Field(
+        "rationale",
+        description="What is learnt from the comparisons that rows bring: decision and rationales, "
+        "the decision alone, or nothing, as if they brought none.",
+    )
 
 
 class RsoConfig(_Strict):

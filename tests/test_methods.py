@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import fastalign.train as loop
 from fastalign.batch import make_batch
 from fastalign.config import ConfigError, parse_config
-from fastalign.data import Example, Record, RowError, Sampled
+from fastalign.data import Comparison, Example, Record, RowError, Sampled
 from fastalign.episodes import Episode, Verdict, rollout_metrics
 from fastalign.methods import METHODS, make_method
 from fastalign.methods.base import Dropped
@@ -303,6 +303,84 @@ def test_jsft_judges_once_for_each_principle(renderer):
     assert ["\nbrevity\n" in p for p in prompts] == [False, False, True, True]
     with pytest.raises(Dropped, match="judgment does not fit"):
         method("jsft", max_length=40).from_record(record, renderer)
+
+
+COMPARED = Record(
+    "preference",
+    prompt=USER,
+    chosen="is one",
+    rejected="is two",
+    comparisons=(
+        Comparison("chosen", "honesty", ("It is sure.", "It is not.")),
+        Comparison("rejected", "wit"),
+        Comparison("rejected", None, ("Dull.", "Funny.")),
+    ),
+    weight=2.0,
+)
+
+
+def test_jsft_learns_each_comparison_in_both_orders(renderer):
+    made = method("jsft", jsft={"judge_weight": 3.0}).from_record(COMPARED, renderer)
+    assert text_of(renderer, answer_of(made[0].streams[0])) == "is one<|im_end|>"
+    assert [e.weight for e in made] == [2.0] + [6.0] * 6
+    assert {e.streams[0].role for e in made[1:]} == {"judgment"}
+    one, two = ("is one", "is two"), ("is two", "is one")
+    end = "<|im_end|>"
+    expected = [
+        (one, "honesty", f" A\n\nResponse A: It is sure.\n\nResponse B: It is not.{end}"),
+        (two, "honesty", f" B\n\nResponse A: It is not.\n\nResponse B: It is sure.{end}"),
+        (two, "wit", " A"),
+        (one, "wit", " B"),
+        (two, None, f" A\n\nResponse A: Funny.\n\nResponse B: Dull.{end}"),
+        (one, None, f" B\n\nResponse A: Dull.\n\nResponse B: Funny.{end}"),
+    ]
+    for example, (answers, principle, judgment) in zip(made[1:], expected, strict=True):
+        (stream,) = example.streams
+        asked = renderer.judge_prompt_ids(USER, *answers, principle)
+        assert prompt_of(stream) == asked.tolist()
+        assert text_of(renderer, answer_of(stream)) == judgment
+        # What is read when the model judges is the first target.
+        slot = int(judgment.startswith(" B"))
+        assert answer_of(stream)[0] == renderer.decision_ids()[slot]
+
+
+def test_jsft_takes_of_comparisons_what_the_recipe_wants(renderer):
+    judge = {"type": "self", "principles": ["brevity", "wit"]}
+
+    def targets(record=COMPARED, **keys) -> list[tuple[str, str]]:
+        made = method("jsft", judge=judge, jsft=keys).from_record(record, renderer)
+        streams = [e.streams[0] for e in made if e.streams[0].role == "judgment"]
+        principles = ["brevity", "wit", "Honesty: the"]
+        asked = [text_of(renderer, prompt_of(s)) for s in streams]
+        named = [next((p for p in principles if f"### Principle\n{p}" in t), "") for t in asked]
+        texts = [text_of(renderer, answer_of(s)) for s in streams]
+        return list(zip(named, texts, strict=True))
+
+    assert [len(text) > 2 for _, text in targets()] == [True, True, False, False, True, True]
+    decisions = [(p, text[:2]) for p, text in targets()]
+    assert [p for p, _ in decisions] == ["Honesty: the"] * 2 + ["wit"] * 2 + [""] * 2
+    assert targets(comparisons="principle") == decisions
+    # Nothing of the row's, or a row without any: the recipe's principles and the row's pair.
+    by_recipe = [(p, slot) for p in ("brevity", "wit") for slot in (" A", " B")]
+    assert targets(comparisons="ignore") == by_recipe
+    assert targets(replace(COMPARED, comparisons=None)) == by_recipe
+    # One that says that nobody compared is a demonstration alone.
+    assert targets(replace(COMPARED, comparisons=())) == []
+    assert len(method("jsft").from_record(replace(COMPARED, comparisons=()), renderer)) == 1
+
+
+def test_jsft_cuts_rationales_and_never_the_decision(renderer):
+    record = replace(COMPARED, comparisons=COMPARED.comparisons[:1])
+    whole = method("jsft").from_record(record, renderer)[1].streams[0]
+    room = len(prompt_of(whole)) + 3
+    cut = method("jsft", max_length=room).from_record(record, renderer)[1].streams[0]
+    assert answer_of(cut) == answer_of(whole)[:3] and len(answer_of(whole)) > 20
+    (alone,) = (
+        e.streams[0] for e in method("jsft", max_length=room - 2).from_record(record, renderer)[1:2]
+    )
+    assert answer_of(alone) == [renderer.decision_ids()[0]]
+    with pytest.raises(Dropped, match="judgment does not fit"):
+        method("jsft", max_length=room - 3).from_record(record, renderer)
 
 
 # ------------------------------------------------------------------------ episodes -> streams
@@ -716,6 +794,62 @@ def test_cut_metrics_describe_the_contrast(run, sharp_llama, tmp_path):
         "cut/positives": len(align_p) / len(examples),
     }
     assert {k: metrics[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["record", "token"])
+def test_rationales_leave_the_decision_its_weight(run, sharp_llama, tmp_path, normalization):
+    """Decision and rationales are a mean each, or every token counts alike; what is logged of the
+    judge is the decision's."""
+    why = {"rationale_chosen": "It is right.", "rationale_rejected": "Wrong."}
+    told = {"preferred": "rejected", "principle": "wit"} | why
+    content = [
+        {"prompt": f"{i}: the sum", "chosen": f"is {i}", "rejected": "is two"}
+        | [{}, {"comparisons": [told, {"preferred": "chosen"}]}, {"comparisons": []}][i % 3]
+        for i in range(6)
+    ]
+    data = write_rows(tmp_path / "told.jsonl", content)
+    config = recipe(
+        "jsft",
+        sharp_llama,
+        tmp_path,
+        datasets=[{"path": str(data)}],
+        jsft={"judge_weight": 2.0},
+        normalization=normalization,
+        learning_rate=1e-30,
+    )
+    examples = as_method(run, config)
+    roles = [e.streams[0].role for e in examples]
+    assert (roles.count("judgment"), roles.count("demonstration")) == (12, 6)
+    policy = AutoModelForCausalLM.from_pretrained(sharp_llama)
+    reduce = torch.mean if normalization == "record" else torch.sum
+    expected, firsts, others, count = 0.0, [], [], 0
+    for example in examples:
+        (stream,) = example.streams
+        logp = token_logprobs(policy, stream)
+        count += len(logp)
+        parts = [logp]
+        if stream.role == "judgment":
+            assert example.weight == 2.0
+            firsts.append(float(logp[0].detach()))
+            others += logp[1:].tolist()
+            parts = [logp[:1], logp[1:]] if len(logp) > 1 else [logp]
+        loss = example.weight * sum(-reduce(part) for part in parts)
+        loss.backward()
+        expected += float(loss.detach())
+        alone, _ = evaluate(run, [example])
+        assert alone == pytest.approx(float(loss.detach()), rel=2e-5)
+    loss, metrics = evaluate(run, examples)
+    assert loss == pytest.approx(expected, rel=2e-5)
+    assert len(firsts) == 12 and len(others) == 4 * (len(others) // 4) > 40
+    assert metrics["judge/nll"] == pytest.approx(-np.mean(firsts), rel=1e-4)
+    assert metrics["judge/sure"] == np.mean(np.array(firsts) > math.log(0.5))
+    assert metrics["judge/rationale_nll"] == pytest.approx(-np.mean(others), rel=1e-4)
+    # And the gradient of all that.
+    denominator = len(examples) if normalization == "record" else count
+    assert run.method.denominator(examples) == denominator
+    wanted = {f"model.{n}": p.grad / denominator for n, p in policy.named_parameters()}
+    _, gradients = step_with_gradients(run, examples)
+    assert distance(gradients, wanted) < 2e-5
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ class Likelihood(BaseMethod):
 
     logged: ClassVar[Mapping[str, tuple[str, ...]]] = {"nll": ()}
 
+    def parts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds [P + 1] and weights [P] of the rows that one mean is over: those of a stream."""
+        return batch.cu_rows.long(), batch.weights[batch.records]
+
     def loss(
         self,
         logprob: torch.Tensor,
@@ -34,12 +38,8 @@ class Likelihood(BaseMethod):
         reference: torch.Tensor | None,
         progress: float,
     ) -> tuple[torch.Tensor, Metrics]:
-        loss = losses.nll_loss(
-            logprob,
-            batch.cu_rows.long(),
-            batch.weights[batch.records],
-            normalization=self.config.normalization,
-        )
+        bounds, weights = self.parts(batch)
+        loss = losses.nll_loss(logprob, bounds, weights, normalization=self.config.normalization)
         metrics = {name: role_mean(-logprob, batch, *r) for name, r in self.logged.items()}
         return loss, metrics
 
