@@ -21,7 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fastalign.config import Config, ConfigError, DatasetConfig, parse_config
-from fastalign.data import NOISE, Drops, Kind, Record, RowError, SourceReport, load_records
+from fastalign.data import (
+    NOISE,
+    Comparison,
+    Drops,
+    Kind,
+    Record,
+    RowError,
+    SourceReport,
+    load_records,
+)
 
 if TYPE_CHECKING:
     from fastalign.templates import Renderer
@@ -29,11 +38,12 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 3
 # Characters of one part of a rendered row that people are shown; --json has them all.
 SHOWN_CHARACTERS = 1200
+OVERALL = "overall"
 QUANTILES = {"min": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
 METHODS: dict[Kind, str] = {
     "judged": "cut", "completion": "sft", "messages": "sft", "preference": "dpo", "prompt": "cut",
 }  # fmt: skip
-"""Which method's tokens are shown for a kind of row."""
+"""Which method's tokens are shown for a kind of row; ``jsft`` where pairs bring comparisons."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,16 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Comparisons by one principle, or overall: how many, how many of them prefer the rejected
+    answer, how many have rationales."""
+
+    count: int
+    rejected: int
+    rationales: int
+
+
+@dataclass(frozen=True)
 class FileReport:
     """What became of one file.
 
@@ -81,9 +101,10 @@ class FileReport:
         dropped, noise, cut: counts by reason; ``cut`` are rows that lose the end of an answer to
             ``max_length``, and is empty where no tokens are known.
         duplicates: rows with the prompt and answers of an earlier one, of this file or another.
+        comparisons: by principle, "overall" without one; None where no row speaks of any.
         unit: of ``lengths``, "tokens" or "words".
         lengths: part of a row -> its quantiles, see QUANTILES.
-        rendered: the streams of a few rows; without a tokenizer, their texts.
+        rendered: the streams of a few rows, one of each kind; without a tokenizer, their texts.
     """
 
     path: str
@@ -96,6 +117,7 @@ class FileReport:
     noise: dict[str, Tally]
     cut: dict[str, Tally]
     duplicates: Tally | None
+    comparisons: dict[str, Compared] | None
     unit: str
     max_length: int | None
     lengths: dict[str, dict[str, float]]
@@ -153,7 +175,9 @@ def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None
         usable = records
         rendered = [shown for record in _choose(records) for shown in _as_read(record)]
     else:
-        tokens = _Tokens(_config(path, source.kind, settings))
+        compared = any(record.comparisons is not None for record in records)
+        method = "jsft" if compared else METHODS[source.kind]
+        tokens = _Tokens(_config(path, method, settings))
         usable, lengths, cut = tokens.measure(records, drops)
         if not usable:
             raise ConfigError(
@@ -172,6 +196,7 @@ def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None
         noise={r: t for r, t in _tallies(source.drops).items() if r in NOISE},
         cut=_tallies(cut),
         duplicates=duplicates,
+        comparisons=_comparisons(usable),
         unit="words" if settings.model is None else "tokens",
         max_length=max_length,
         lengths=_quantiles(lengths),
@@ -183,6 +208,23 @@ def _count(source: SourceReport, records: Sequence[Record], *, negative: bool) -
     if source.kind != "judged":
         return None
     return sum(record.is_negative == negative for record in records)
+
+
+def _comparisons(records: Sequence[Record]) -> dict[str, Compared] | None:
+    if all(record.comparisons is None for record in records):
+        return None
+    found: dict[str, list[Comparison]] = {}
+    for record in records:
+        for comparison in record.comparisons or ():
+            found.setdefault(comparison.principle or OVERALL, []).append(comparison)
+    return {
+        principle: Compared(
+            count=len(comparisons),
+            rejected=sum(c.preferred == "rejected" for c in comparisons),
+            rationales=sum(c.rationales is not None for c in comparisons),
+        )
+        for principle, comparisons in found.items()
+    }
 
 
 def _tallies(*drops: Drops) -> dict[str, Tally]:
@@ -245,6 +287,9 @@ def _words(record: Record) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, text, _ in _texts(record):
         counts[name] = counts.get(name, 0) + len(text.split())
+    for comparison in record.comparisons or ():
+        for text in comparison.rationales or ():
+            counts["rationales"] = counts.get("rationales", 0) + len(text.split())
     return counts
 
 
@@ -258,6 +303,14 @@ def _as_read(record: Record) -> Iterator[Shown]:
                 parts.append(Part(("\n\n" if parts else "") + next(roles), False))
             parts.append(Part(text, trained))
         yield Shown(record.source, name, tuple(part for part in parts if part.text))
+    for comparison in record.comparisons or ():
+        name = f"{comparison.principle or OVERALL}: {comparison.preferred} is better"
+        parts = []
+        if comparison.rationales is not None:
+            chosen, rejected = comparison.rationales
+            parts = [Part("chosen: ", False), Part(chosen, True)]
+            parts += [Part("\n\nrejected: ", False), Part(rejected, True)]
+        yield Shown(record.source, name, tuple(parts))
 
 
 # --- with a tokenizer --------------------------------------------------------------------------
@@ -266,9 +319,9 @@ def _as_read(record: Record) -> Iterator[Shown]:
 _Streams = list[tuple[str, np.ndarray, np.ndarray]]
 
 
-def _config(path: str, kind: Kind, settings: Settings) -> Config:
+def _config(path: str, method: str, settings: Settings) -> Config:
     tree: dict[str, Any] = {
-        "method": METHODS[kind],
+        "method": method,
         "model_name_or_path": settings.model,
         "datasets": [{"path": path, "template": settings.template}],
         "output_dir": "",
@@ -326,11 +379,13 @@ class _Tokens:
             if len(ids) >= method.config.max_length:
                 raise Dropped(NO_ROOM)
             return [("prompt", ids, np.zeros(len(ids), np.bool_))]
-        (example,) = method.from_record(record, self.renderer)
-        return [(s.role, s.input_ids, s.loss_mask) for s in example.streams]
+        examples = method.from_record(record, self.renderer)
+        return [(s.role, s.input_ids, s.loss_mask) for e in examples for s in e.streams]
 
     def render(self, record: Record) -> Iterator[Shown]:
-        for name, ids, trained in self.streams(record, self.limited):
+        # Reversed, so that the first of a name is what is left.
+        streams = {stream[0]: stream for stream in reversed(self.streams(record, self.limited))}
+        for name, ids, trained in reversed(streams.values()):
             texts = self.renderer.token_texts(ids)
             runs = itertools.groupby(zip(trained.tolist(), texts, strict=True), lambda x: x[0])
             parts = tuple(Part("".join(t for _, t in run), is_trained) for is_trained, run in runs)
@@ -342,11 +397,12 @@ class _Tokens:
             return {"messages": len(ids), "trained on": int(trained.sum())}
         found: dict[str, int] = {}
         for name, ids, trained in streams:
-            prompt = "judged prompt" if name == "judged" else "prompt"
-            answer = name if name in ("chosen", "rejected") else "completion"
-            found[prompt] = len(ids) - int(trained.sum())
+            prompt = {"judged": "judged prompt", "judgment": "judge prompt"}.get(name, "prompt")
+            answer = name if name in ("chosen", "rejected", "judgment") else "completion"
+            # The longest, where a row makes several of a name.
+            found[prompt] = max(len(ids) - int(trained.sum()), found.get(prompt, 0))
             if record.kind != "prompt":
-                found[answer] = int(trained.sum())
+                found[answer] = max(int(trained.sum()), found.get(answer, 0))
         if record.judgment is not None:
             tokens = self.renderer.tokenizer(record.judgment, add_special_tokens=False)
             found["judgment"] = len(tokens["input_ids"])
@@ -378,6 +434,13 @@ def _print(report: FileReport) -> None:
             f"  {report.duplicates.count} x the same prompt and answer again "
             f"(first: {report.duplicates.first})"
         )
+    for principle, compared in (report.comparisons or {}).items():
+        say(
+            f"  comparisons, {principle}: {compared.count} ({compared.rejected} for the rejected "
+            f"answer, {compared.rationales} with rationales)"
+        )
+    if report.comparisons == {}:
+        say("  no comparisons")
     if report.max_length is None:
         say("  lengths in words; --model counts tokens, truncations and renders the rows")
     else:

@@ -17,6 +17,7 @@ from fastalign.cli import main
 from fastalign.config import ConfigError
 from fastalign.data_check import (
     SHOWN_CHARACTERS,
+    Compared,
     Part,
     Settings,
     Tally,
@@ -164,6 +165,84 @@ def test_dialogues_preferences_and_prompts(tiny_llama, tmp_path):
     assert [(p.text, p.trained) for p in trained if len(p.text) == 1] == [
         ("a", False), ("b", False), ("c", False), ("d", True),
     ]  # fmt: skip
+
+
+WHY = {"rationale_chosen": "It is sure.", "rationale_rejected": "It is not."}
+COMPARED = [
+    {"preferred": "chosen", "principle": "honesty"} | WHY,
+    {"preferred": "rejected", "principle": "wit"},
+]
+
+
+def test_comparisons_are_counted_and_rendered_as_jsft_learns_them(tiny_llama, tmp_path, capsys):
+    pair = {"prompt": "the sum", "chosen": "is one", "rejected": "is two"}
+    content = [
+        pair,
+        pair | {"chosen": "is 1", "comparisons": COMPARED},
+        pair | {"chosen": "is 2", "comparisons": [COMPARED[0], {"preferred": "chosen"}]},
+    ]
+    path = str(write_rows(tmp_path / "d.jsonl", content))
+    report = check_file(path, Settings(str(tiny_llama)))
+    assert report.comparisons == {
+        "honesty": Compared(2, 0, 2), "wit": Compared(1, 1, 0), "overall": Compared(1, 0, 0),
+    }  # fmt: skip
+    # A row without any is judged overall; of each row the demonstration and one judgment.
+    names = [(shown.source, shown.stream) for shown in report.rendered]
+    assert names == [(f"{path}:{n}", s) for n in (1, 2, 3) for s in ("demonstration", "judgment")]
+    _, overall, shown, judged, *_ = parts_of(report)
+    assert shown[-1] == ("is 1<|im_end|>", True)
+    assert overall[0][0].endswith(
+        "Which response is better? Answer with A or B.<|im_end|>\n"
+        "<|im_start|>assistant\nThe better response is"
+    )
+    assert overall[1:] == [(" A", True)]
+    assert "### Principle\nHonesty: " in judged[0][0]
+    told = " A\n\nResponse A: It is sure.\n\nResponse B: It is not.<|im_end|>"
+    assert judged[1:] == [(told, True)]
+    # Lengths of the longest judgment of each row, before any cut.
+    config = recipe("jsft", tiny_llama, tmp_path, datasets=[{"path": path}])
+    method = make_method(config)
+    renderers = loop.make_renderers(config, load_tokenizer(config), None)
+    records, _, _ = loop.load_data(config, method)
+    longest = {}
+    for example in loop.make_examples(method, records, renderers, config)[0]:
+        (stream,) = example.streams
+        if stream.role == "judgment":
+            targets = int(stream.loss_mask.sum())
+            longest[example.source] = max(targets, longest.get(example.source, 0))
+    assert report.lengths["judgment"]["max"] == max(longest.values())
+    assert report.lengths["judgment"]["median"] == np.median(list(longest.values()))
+    # The command, and what is said without a tokenizer.
+    assert main(["data", "check", path]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "  comparisons, honesty: 2 (0 for the rejected answer, 2 with rationales)",
+        "  comparisons, wit: 1 (1 for the rejected answer, 0 with rationales)",
+        f"{path}:2, honesty: chosen is better",
+        "chosen: [It is sure.]",
+        f"{path}:2, wit: rejected is better",
+    ):
+        assert line in lines, line
+    assert check_file(path, Settings()).lengths["rationales"]["max"] == 6
+    # A limit that only the judgments pass drops their row, as training does.
+    room = max(
+        len(e.streams[0]) for e in loop.make_examples(method, records[:1], renderers, config)[0]
+    )
+    limited = check_file(path, Settings(str(tiny_llama), max_length=room))
+    assert limited.usable == 1 and limited.comparisons is None
+    assert limited.dropped == {"judgment does not fit in max_length": Tally(2, f"{path}:2")}
+
+
+def test_ultrafeedback_that_ties_by_every_principle(tmp_path, capsys):
+    ratings = [{"honesty": {"Rating": "4"}, "wit": {"Rating": "2"}}, {"honesty": {"Rating": "4"}}]
+    row = {
+        "instruction": "q",
+        "completions": [{"response": f"r{i}", "annotations": r} for i, r in enumerate(ratings)],
+    }
+    path = str(write_rows(tmp_path / "d.jsonl", [row]))
+    assert check_file(path, Settings()).comparisons == {}
+    assert main(["data", "check", path]) == 0
+    assert "  no comparisons" in capsys.readouterr().out.splitlines()
 
 
 def test_every_format_is_read_alike(tmp_path):

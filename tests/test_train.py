@@ -25,6 +25,7 @@ from fastalign import checkpoint
 from fastalign.batch import make_batch
 from fastalign.config import Config, ConfigError, parse_config
 from fastalign.data import Example, Stream
+from fastalign.methods import make_method
 from fastalign.model import POLICY, REFERENCE
 from fastalign.online import ReferenceScorer, push_weights
 from fastalign.rollout import EngineError
@@ -283,6 +284,75 @@ def test_golden_trajectories(sharp_llama, tmp_path, rule, name):
     assert seen.keys() == stored.keys()
     for figure, values in stored.items():
         assert seen[figure] == pytest.approx(values, rel=1e-4, abs=1e-6), figure
+
+
+# --------------------------------------------------------------------------------------- JSFT
+
+
+def ultrafeedback(path: Path, count: int) -> Path:
+    """Rows as UltraFeedback has them; shorter answers have the higher ratings."""
+    answers = ("is one", "is one and two", "is the capital of France", "is A or B or A or B or A")
+    content = []
+    for i in range(count):
+        completions = []
+        for rank, answer in enumerate(answers):
+            why = {"Rating": str(5 - rank), "Rationale": f"It has {len(answer.split())} words."}
+            annotations = {
+                "helpfulness": why | {"Type": ["1"], "Rationale For Rating": "So it is."},
+                "honesty": {"Rating": "N/A", "Rationale": "None."},
+                "instruction_following": why,
+                "truthfulness": {"Rating": "3", "Rationale": "The same."},
+            }
+            completions.append(
+                {"response": answer, "model": f"m{rank}", "annotations": annotations}
+            )
+        content.append(
+            {"source": "flan", "instruction": f"{i}: the sum", "completions": completions}
+        )
+    return write_rows(path, content)
+
+
+def test_jsft_learns_to_judge_from_ultrafeedback(sharp_llama, tmp_path):
+    data = ultrafeedback(tmp_path / "ultra.jsonl", 6)
+    config = recipe(
+        "jsft",
+        sharp_llama,
+        tmp_path,
+        datasets=[{"path": str(data)}],
+        strict=True,
+        num_train_epochs=3.0,
+        global_batch_size=6,
+        micro_batch_tokens=2048,
+        learning_rate=2e-3,
+    )
+    train(config)
+    steps = logged(config, "loss")
+    # A demonstration, and two principles in both orders, of each row.
+    assert len(steps) == 3 * 6 * (1 + 2 * 2) / 6
+    first, last = (np.mean([s["judge/nll"] for s in part]) for part in (steps[:3], steps[-3:]))
+    assert last < first - 1 and steps[-1]["judge/rationale_nll"] < steps[0]["judge/rationale_nll"]
+    # It says A or B where it is asked, surely enough for SELF-JUDGE to begin.
+    model = AutoModelForCausalLM.from_pretrained(config.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
+    (renderer,) = loop.make_renderers(config, tokenizer, None)
+    tokens = list(renderer.decision_ids())
+    mass = []
+    for principle in ("helpfulness", "instruction following"):
+        for better, worse in (("is one", "is the capital of France"), ("is one", "is one and two")):
+            prompt = [{"role": "user", "content": "3: the sum"}]
+            ids = renderer.judge_prompt_ids(prompt, better, worse, principle).astype(np.int64)
+            with torch.no_grad():
+                p = model(torch.from_numpy(ids)[None]).logits[0, -1].double().softmax(-1)
+            mass.append(float(p[tokens].sum()))
+    assert np.mean(mass) > 0.5
+    # The other methods take the same pairs and the same demonstrations.
+    (chosen,) = {r.chosen for r in loop.load_data(config, make_method(config))[0]}
+    for name in ("dpo", "sft"):
+        other = config.model_copy(update={"method": name})
+        records, _, _ = loop.load_data(other, make_method(other))
+        assert {r.chosen or r.completion for r in records} == {chosen} == {"is one"}
+        examples, drops = loop.make_examples(make_method(other), records, [renderer], other)
+        assert len(examples) == 6 and not drops.total
 
 
 # ------------------------------------------------------------------------------------- resume
