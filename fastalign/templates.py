@@ -179,7 +179,7 @@ class JudgeTemplate:
 
 
 def _principle_name(name: str) -> str:
-    """ "Instruction_Following" and "instruction following" are one principle."""
+    """Case and underscores make no other principle: UltraFeedback writes instruction_following."""
     return name.replace("_", " ").casefold().strip()
 
 
@@ -1004,19 +1004,19 @@ def _values(path: str, kind: type[Any]) -> dict[str, Any]:
     return values
 
 
-def _checked(name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
-    """A value of the kind that the field takes."""
-    if field.default is dataclasses.MISSING:
+def _checked(name: str, value: Any, key: dataclasses.Field[Any]) -> Any:
+    """A value of the kind that a template's key takes."""
+    if key.default is dataclasses.MISSING:
         if not isinstance(value, dict) or not all(
             isinstance(text, str) for item in value.items() for text in item
         ):
             raise ConfigError(f"{name} = {value!r}: want a mapping of names to texts")
         return value
-    if isinstance(field.default, tuple):
+    if isinstance(key.default, tuple):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(f"{name} = {value!r}: want a list of texts")
         return tuple(value)
-    if not isinstance(value, str) and not (value is None and "None" in str(field.type)):
+    if not isinstance(value, str) and not (value is None and "None" in str(key.type)):
         raise ConfigError(f"{name} = {value!r}: want text")
     return value
 

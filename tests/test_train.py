@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 import fastalign.train as loop
 from fastalign import checkpoint
 from fastalign.batch import make_batch
-from fastalign.config import Config, ConfigError, parse_config
+from fastalign.config import Config, ConfigError, JudgeConfig, parse_config
 from fastalign.data import Example, Stream
 from fastalign.methods import make_method
 from fastalign.model import POLICY, REFERENCE
@@ -286,7 +286,23 @@ def test_golden_trajectories(sharp_llama, tmp_path, rule, name):
         assert seen[figure] == pytest.approx(values, rel=1e-4, abs=1e-6), figure
 
 
-# --------------------------------------------------------------------------------------- JSFT
+# ------------------------------------------------------------- JSFT, and judging by principle
+
+
+def test_an_engine_has_room_for_the_longest_principle(tiny_llama, tmp_path):
+    config = recipe("dpo", tiny_llama, tmp_path)
+    renderers = loop.make_renderers(config, AutoTokenizer.from_pretrained(tiny_llama), None)
+    who = JudgeConfig(type="self", principles=("wit", "honesty"))
+    # One token each, as many as a prompt and two answers may have.
+    asked = "x" * (
+        config.max_length - len(renderers[0].prompt_ids([{"role": "user", "content": ""}]))
+    )
+    a, b = (letter * config.max_completion_length for letter in "yz")
+    longest = renderers[0].judge_prompt_ids([{"role": "user", "content": asked}], a, b, "honesty")
+    room = loop._judging_room(config, who, "pairwise", renderers)
+    assert len(longest) <= config.max_length + config.max_completion_length + room
+    overall = loop._judging_room(config, JudgeConfig(type="self"), "pairwise", renderers)
+    assert len(longest) > config.max_length + config.max_completion_length + overall
 
 
 def ultrafeedback(path: Path, count: int) -> Path:
@@ -320,7 +336,7 @@ def test_jsft_learns_to_judge_from_ultrafeedback(sharp_llama, tmp_path):
         tmp_path,
         datasets=[{"path": str(data)}],
         strict=True,
-        num_train_epochs=3.0,
+        num_train_epochs=5.0,
         global_batch_size=6,
         micro_batch_tokens=2048,
         learning_rate=2e-3,
@@ -328,7 +344,7 @@ def test_jsft_learns_to_judge_from_ultrafeedback(sharp_llama, tmp_path):
     train(config)
     steps = logged(config, "loss")
     # A demonstration, and two principles in both orders, of each row.
-    assert len(steps) == 3 * 6 * (1 + 2 * 2) / 6
+    assert len(steps) == 5 * 6 * (1 + 2 * 2) / 6
     first, last = (np.mean([s["judge/nll"] for s in part]) for part in (steps[:3], steps[-3:]))
     assert last < first - 1 and steps[-1]["judge/rationale_nll"] < steps[0]["judge/rationale_nll"]
     # It says A or B where it is asked, surely enough for SELF-JUDGE to begin.
