@@ -367,6 +367,8 @@ def test_jsft_takes_of_comparisons_what_the_recipe_wants(renderer):
     # One that says that nobody compared is a demonstration alone.
     assert targets(replace(COMPARED, comparisons=())) == []
     assert len(method("jsft").from_record(replace(COMPARED, comparisons=()), renderer)) == 1
+    with pytest.raises(Dropped, match="nothing is compared"):
+        targets(replace(COMPARED, comparisons=()), demonstrations=False)
 
 
 def test_jsft_cuts_rationales_and_never_the_decision(renderer):

@@ -50,6 +50,8 @@ class Jsft(Likelihood):
             examples.append(self.demonstration(record, *shown))
         for comparison in self.comparisons(record):
             examples += self.judgments(record, comparison, renderer)
+        if not examples:
+            raise Dropped("nothing is compared, and demonstrations are off")
         return examples
 
     def comparisons(self, record: Record) -> Sequence[Comparison]:
