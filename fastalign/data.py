@@ -52,7 +52,7 @@ Message = dict[str, Any]
 COLUMNS = (
     "prompt", "completion", "judgment", "score", "chosen", "rejected", "messages",
     "instruction", "input", "output", "system", "tools", "weight", "prompt_ids", "token_ids",
-    "comparisons",
+    "chosen_ids", "rejected_ids", "comparisons",
 )  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FINE_SCORE = 7.0
@@ -110,8 +110,9 @@ class Record:
     """One row of any kind, canonical after every loader.
 
     ``prompt`` holds the messages before the answer (empty for kind ``messages``); ``judgment`` is
-    None when the completion is fine.  ``sampled`` holds the completion's recorded tokens, which are
-    its only where the tokenizer still writes it so.  ``comparisons`` of a pair are None where its
+    None when the completion is fine.  ``sampled`` holds the recorded tokens of the completion, or
+    of a pair's chosen answer beside ``sampled_rejected``; they are its only where the tokenizer
+    still writes it so.  ``comparisons`` of a pair are None where its
     row says nothing of them, and empty where it says that there are none.  ``dataset`` is the index
     of the record's DatasetConfig, whose template options render it.
     """
@@ -121,6 +122,7 @@ class Record:
     completion: str | None = None
     judgment: str | None = None
     sampled: Sampled | None = None
+    sampled_rejected: Sampled | None = None
     chosen: str | None = None
     rejected: str | None = None
     comparisons: tuple[Comparison, ...] | None = None
@@ -285,7 +287,11 @@ def _load(
             drops.add(item.reason, str(item))
             continue
         try:
-            answers = _answers(*item, seed) if targets != ("prompt",) else [_Answer(*item)]
+            answers = (
+                [_Answer(*item)]
+                if targets == ("prompt",)
+                else _answers(*item, seed, ranked="judged" not in targets)
+            )
         except RowError as error:
             if strict:
                 raise
@@ -467,10 +473,15 @@ class _Answer:
     unfit: str | None = None
 
 
-def _answers(source: str, values: dict[str, Any], seed: int = 0) -> list[_Answer]:
-    """A row as it stands; one of an episode log as a row for each completion, one of UltraFeedback
-    as a pair."""
+def _answers(
+    source: str, values: dict[str, Any], seed: int = 0, *, ranked: bool = False
+) -> list[_Answer]:
+    """A row as it stands; one of an episode log as a row for each completion, or where it is
+    ``ranked`` and a judge has compared them, for each pair or winner that was trained on; one of
+    UltraFeedback as a pair."""
     if {"prompt", "completions", "token_ids"} <= values.keys():
+        if ranked and values.get("verdicts") is not None:
+            return _ranked_answers(_Row(source, values))
         return _sampled_answers(source, values)
     if {"instruction", "completions"} <= values.keys() and not values.keys() & {"output", "chosen"}:
         return [_rated_pair(_Row(source, values), seed)]
@@ -506,6 +517,41 @@ def _sampled_answers(source: str, values: dict[str, Any]) -> list[_Answer]:
             unjudged = noise[i] if judgments[i] is None else None
         answers.append(_Answer(f"{source}[{i}]", own, unjudged))
     return answers
+
+
+UNDECIDED = "verdicts: the judge placed none above another"
+
+
+def _ranked_answers(row: _Row) -> list[_Answer]:
+    """The pairs of an episode, or without any the answers that were kept of it."""
+    completions = _column(row, "completions", None)
+    token_ids = _column(row, "token_ids", len(completions))
+    shared = ("prompt", "tools", "weight", "prompt_ids")
+    common = {name: row.values[name] for name in shared if name in row.values}
+
+    def place(name: str, value: Any) -> int:
+        if type(value) is int and 0 <= value < len(completions):
+            return value
+        right = f"want the number of a completion, 0 to {len(completions) - 1}"
+        raise row.error(name, value, right, "out of range")
+
+    answers = []
+    for number, pair in enumerate(_column(row, "pairs", None)):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise row.error(f"pairs[{number}]", pair, "want [chosen, rejected]", "wrong type")
+        chosen, rejected = (place(f"pairs[{number}]", i) for i in pair)
+        own = {
+            "chosen": completions[chosen],
+            "rejected": completions[rejected],
+            "chosen_ids": token_ids[chosen],
+            "rejected_ids": token_ids[rejected],
+        }
+        answers.append(_Answer(f"{row.source}[{number}]", common | own))
+    if not answers:
+        for i in _column(row, "kept", None):
+            own = {"completion": completions[place("kept", i)], "token_ids": token_ids[i]}
+            answers.append(_Answer(f"{row.source}[{i}]", common | own))
+    return answers or [_Answer(row.source, common, UNDECIDED)]
 
 
 TOO_FEW_RATED = "completions: fewer than two have ratings"
@@ -753,6 +799,8 @@ def _record(row: _Row, kind: Kind, dataset: int) -> Record:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
+            sampled=_sampled(row, "chosen_ids"),
+            sampled_rejected=_sampled(row, "rejected_ids"),
             comparisons=_comparisons(row),
             **common,
         )
@@ -762,17 +810,17 @@ def _record(row: _Row, kind: Kind, dataset: int) -> Record:
     name = "output" if "completion" not in row.values and "output" in row.values else "completion"
     completion = _answer(row, name, prompt)
     judgment = _judgment(row) if kind == "judged" else None
-    sampled = _sampled(row)
+    sampled = _sampled(row, "token_ids")
     return Record(
         prompt=prompt, completion=completion, judgment=judgment, sampled=sampled, **common
     )
 
 
-def _sampled(row: _Row) -> Sampled | None:
+def _sampled(row: _Row, name: str) -> Sampled | None:
     """Recorded tokens: of use only when those of the prompt are known too."""
-    if row.get("prompt_ids") is None or row.get("token_ids") is None:
+    if row.get("prompt_ids") is None or row.get(name) is None:
         return None
-    return Sampled(_ids(row, "prompt_ids"), _ids(row, "token_ids"))
+    return Sampled(_ids(row, "prompt_ids"), _ids(row, name))
 
 
 def _ids(row: _Row, name: str) -> tuple[int, ...]:
@@ -1136,7 +1184,7 @@ def _convert(record: Record, target: Kind) -> Record:
         prompt = tuple(before) if last["role"] == "assistant" else record.messages
         _check_prompt(row, "messages", list(record.messages), prompt)
     bare = replace(
-        record, kind=target, prompt=(), messages=(), sampled=None,
+        record, kind=target, prompt=(), messages=(), sampled=None, sampled_rejected=None,
         completion=None, judgment=None, chosen=None, rejected=None, comparisons=None,
     )  # fmt: skip
     if target == "prompt":

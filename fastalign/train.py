@@ -41,7 +41,13 @@ from fastalign.judge import JudgeModel, load_rule
 from fastalign.local import make_renderer
 from fastalign.logprobs import Policy, check_logprobs, check_packing, probe_batch
 from fastalign.methods import Method, Metrics, make_method
-from fastalign.methods.base import Dropped, JudgeKind, as_sampled, plain_prompt
+from fastalign.methods.base import (
+    Dropped,
+    JudgeKind,
+    as_sampled,
+    plain_prompt,
+    rejected_as_sampled,
+)
 from fastalign.model import (
     POLICY,
     TrainedModel,
@@ -261,18 +267,20 @@ def make_renderers(
 
 def token_lines(records: Sequence[Record], renderers: Sequence[Renderer]) -> list[str]:
     """What to tell of answers whose tokens were recorded when they were sampled."""
-    recorded = [record for record in records if record.sampled is not None]
-    if not recorded:
-        return []
-    kept = 0
-    for record in recorded:
+    recorded = kept = 0
+    for record in records:
+        recorded += (record.sampled is not None) + (record.sampled_rejected is not None)
+        renderer = renderers[record.dataset]
         # What cannot be rendered is dropped and counted with the other rows.
         with contextlib.suppress(RowError):
-            kept += as_sampled(record, renderers[record.dataset]) is not None
+            kept += as_sampled(record, renderer) is not None
+            kept += rejected_as_sampled(record, renderer) is not None
+    if not recorded:
+        return []
     line = f"{kept} answers are trained on as they were sampled"
-    if kept < len(recorded):
+    if kept < recorded:
         line += (
-            f", {len(recorded) - kept} are tokenised again: their template, tokenizer or text is "
+            f", {recorded - kept} are tokenised again: their template, tokenizer or text is "
             "not the recorded one"
         )
     return [line]

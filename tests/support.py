@@ -65,6 +65,7 @@ KINDS = {
     "sft": "completion", "unlikelihood": "judged", "cut": "judged",
     "jsft": "preference", "dpo": "preference", "hindsight": "judged",
     "forward-prediction": "judged", "ilf-mle": "judged", "ilf-dpo": "judged",
+    "rso": "prompt", "rest": "prompt", "raft": "prompt",
 }  # fmt: skip
 REFINING = ("ilf-mle", "ilf-dpo")
 

@@ -130,6 +130,56 @@ def test_episodes_give_prompts_and_fine_answers_too(tmp_path):
     assert load_row(tmp_path, ultra, "prompt").prompt == (user("p"),)
 
 
+RANKED = {k: v for k, v in EPISODE.items() if k not in ("judgments", "noise")} | {
+    "matches": [[0, 1], [0, 2], [1, 2]],
+    "verdicts": [{"score_a": 0.9, "score_b": 0.1, "preferred": "a"}] * 3,
+    "pairs": [[0, 2], [1, 2]],
+    "kept": [],
+}
+
+
+def test_a_compared_episode_is_a_row_for_each_pair(tmp_path):
+    undecided = {**RANKED, "pairs": []}
+    path = write(tmp_path / "e.jsonl", [RANKED, undecided])
+    records, report = load(path, "preference")
+    assert [(r.chosen, r.rejected, r.source) for r in records] == [
+        ("one", "three", f"{path}:1[0]"),
+        ("two", "three", f"{path}:1[1]"),
+    ]
+    assert [r.sampled for r in records] == [Sampled((1, 2), (3, 4)), Sampled((1, 2), (5,))]
+    assert {r.sampled_rejected for r in records} == {Sampled((1, 2), (6,))}
+    assert all(r.tools == ({"name": "f"},) and r.weight == 0.5 for r in records)
+    assert report.dropped == {"verdicts: the judge placed none above another": 1}
+    # The chosen one of each pair is a demonstration.
+    shown = load(path, ("completion", "messages"))[0]
+    assert [(r.completion, r.sampled) for r in shown] == [
+        ("one", Sampled((1, 2), (3, 4))),
+        ("two", Sampled((1, 2), (5,))),
+    ]
+
+
+def test_what_was_kept_of_an_episode_is_a_demonstration(tmp_path):
+    path = write(tmp_path / "e.jsonl", [{**RANKED, "pairs": [], "kept": [2, 0]}])
+    records, _ = load(path, ("completion", "messages"))
+    assert [(r.completion, r.sampled) for r in records] == [
+        ("three", Sampled((1, 2), (6,))),
+        ("one", Sampled((1, 2), (3, 4))),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairs": [[0, 1], [3, 0]]}, "F:1: field pairs[1]: value 3: want the number of a comple"),
+        ({"pairs": [[0]]}, "F:1: field pairs[0]: value [0]: want [chosen, rejected]"),
+        ({"pairs": [], "kept": [True]}, "F:1: field kept: value True: want the number of a compl"),
+        ({"pairs": None}, "F:1: field pairs: value None: want a list"),
+    ],
+)
+def test_malformed_pairs_are_named(tmp_path, change, message):
+    assert error_of(tmp_path, {**RANKED, **change}, "preference").startswith(message)
+
+
 def test_recorded_tokens_of_a_row(tmp_path):
     row = {"prompt": "p", "completion": "c", "prompt_ids": [1], "token_ids": [2, 3]}
     assert load_row(tmp_path, row, "completion").sampled == Sampled((1,), (2, 3))

@@ -582,6 +582,30 @@ def test_a_log_is_training_data_token_for_token(rule, sharp_llama, tmp_path, cap
     assert lines[0].startswith(f"0 answers are trained on as they were sampled, {len(examples)} ")
 
 
+@pytest.mark.parametrize(("method", "other"), [("dpo", "dpo"), ("rso", "dpo"), ("rest", "sft")])
+def test_a_log_of_comparisons_is_training_data_too(sharp_llama, tmp_path, method, other):
+    """What the online run trained on, an offline one does: by pairs or by what was kept."""
+    source = recipe(
+        method,
+        sharp_llama,
+        tmp_path / "online",
+        online={"iterations": 1, "prompts_per_iteration": 8, "num_generations": 4},
+        judge={"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0},
+        max_completion_length=6,
+    )
+    train(source)
+    (episodes,) = rounds(source)
+    subject, renderer = make_method(source), Renderer(load_tokenizer(source))
+    expected = ids_of([x for e in episodes for x in subject.from_episode(e, renderer)])
+    assert len(expected) > 4
+    data = [{"path": str(Path(source.output_dir, "episodes", "0000.jsonl"))}]
+    offline = recipe(other, sharp_llama, tmp_path / "offline", datasets=data)
+    examples, lines = examples_of(offline)
+    assert ids_of(examples) == expected
+    answers = sum(len(e.streams) for e in examples)
+    assert lines == [f"{answers} answers are trained on as they were sampled"]
+
+
 # ------------------------------------------------------------------------------- fresh adapters
 
 

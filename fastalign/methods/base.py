@@ -10,7 +10,7 @@ import torch
 
 from fastalign.batch import Batch
 from fastalign.config import Config, ConfigError
-from fastalign.data import Example, Kind, Record, Stream
+from fastalign.data import Example, Kind, Record, Sampled, Stream
 from fastalign.episodes import Episode
 from fastalign.templates import Renderer, fit, fit_stream
 
@@ -180,20 +180,34 @@ def role_mean(values: torch.Tensor, batch: Batch, *roles: str) -> torch.Tensor:
 
 
 def as_sampled(record: Record, renderer: Renderer) -> tuple[np.ndarray, np.ndarray] | None:
-    """(prompt ids, completion ids) as recorded, int32 [P] and [C], or None where nothing is or
-    where they are not the record's any more: another template or tokenizer, a corrected text.
+    """(prompt ids, completion ids) as recorded, int32 [P] and [C], of a pair those of its chosen
+    answer; or None where nothing is or where they are not the record's any more: another template
+    or tokenizer, a corrected text.
 
     Raises:
         RowError: the template cannot show the prompt.
     """
-    if record.sampled is None:
+    text = record.chosen if record.kind == "preference" else record.completion
+    return _as_recorded(record.sampled, text, record, renderer)
+
+
+def rejected_as_sampled(record: Record, renderer: Renderer) -> np.ndarray | None:
+    """The ids of a pair's rejected answer, int32 [C]; see :func:`as_sampled`."""
+    found = _as_recorded(record.sampled_rejected, record.rejected, record, renderer)
+    return None if found is None else found[1]
+
+
+def _as_recorded(
+    sampled: Sampled | None, text: str | None, record: Record, renderer: Renderer
+) -> tuple[np.ndarray, np.ndarray] | None:
+    if sampled is None:
         return None
     prompt_ids = renderer.prompt_ids(record.prompt, tools=record.tools)
-    ids = np.asarray(record.sampled.token_ids, np.int32)
-    if not np.array_equal(prompt_ids, record.sampled.prompt_ids) or not len(ids):
+    ids = np.asarray(sampled.token_ids, np.int32)
+    if not np.array_equal(prompt_ids, sampled.prompt_ids) or not len(ids):
         return None
     known = ids.max() < len(renderer.tokenizer)
-    return (prompt_ids, ids) if known and renderer.decode(ids) == record.completion else None
+    return (prompt_ids, ids) if known and renderer.decode(ids) == text else None
 
 
 def total(values: torch.Tensor, count: torch.Tensor | float | None = None) -> torch.Tensor:

@@ -14,7 +14,15 @@ from fastalign import losses
 from fastalign.batch import Batch
 from fastalign.data import Example, Kind, Record, Stream
 from fastalign.episodes import Episode
-from fastalign.methods.base import BaseMethod, Dropped, JudgeKind, Metrics, total
+from fastalign.methods.base import (
+    BaseMethod,
+    Dropped,
+    JudgeKind,
+    Metrics,
+    as_sampled,
+    rejected_as_sampled,
+    total,
+)
 from fastalign.templates import Renderer
 
 
@@ -28,12 +36,14 @@ class Dpo(BaseMethod):
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         assert record.chosen is not None and record.rejected is not None
-        prompt_ids, chosen_ids = renderer.completion(
+        sampled, rejected_ids = as_sampled(record, renderer), rejected_as_sampled(record, renderer)
+        prompt_ids, chosen_ids = sampled or renderer.completion(
             record.prompt, record.chosen, tools=record.tools, source=record.source
         )
-        _, rejected_ids = renderer.completion(
-            record.prompt, record.rejected, tools=record.tools, source=record.source
-        )
+        if rejected_ids is None:
+            _, rejected_ids = renderer.completion(
+                record.prompt, record.rejected, tools=record.tools, source=record.source
+            )
         return [self._pair(prompt_ids, chosen_ids, rejected_ids, record.weight, record.source)]
 
     def choose(self, episode: Episode) -> Episode:
