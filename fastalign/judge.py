@@ -397,7 +397,7 @@ def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Epis
     """
     answers = [Answer(e.prompt, text, e.tools) for e in episodes for text in e.texts]
     judgments = list(judge.judge(answers))
-    _check_count(judge, judgments, len(answers))
+    check_count(judge, judgments, len(answers))
     wrong = next((j for j in judgments if not isinstance(j, str | Failed | None)), None)
     if wrong is not None:
         raise ConfigError(
@@ -421,7 +421,7 @@ def _with_noise(judgment: str | Failed | None) -> tuple[str | None, str | None]:
     return text, noise_reason(text) if text is not None else None
 
 
-def _check_count(judge: object, given: Sequence[object], asked: int) -> None:
+def check_count(judge: object, given: Sequence[object], asked: int) -> None:
     if len(given) != asked:
         raise ConfigError(
             f"judge.path: {_name(judge)} gave {len(given)} judgments for {asked}: it must give one "
@@ -438,7 +438,7 @@ def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episo
     """Episodes in which each rollout is compared with each other one."""
     index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
     given = judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
-    _check_count(judge, given, len(index))
+    check_count(judge, given, len(index))
     verdicts = iter(given)
     judged = []
     for episode in episodes:
