@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fastalign import __version__
-from fastalign.config import Config, ConfigError, dump_config, load_config
+from fastalign.config import (
+    Config,
+    ConfigError,
+    JudgeConfig,
+    ModelConfig,
+    RolloutConfig,
+    dump_config,
+    load_config,
+    load_judge,
+)
 from fastalign.data import Kind
 
 OK, FAILED, USAGE, PAUSED = 0, 1, 2, 75
@@ -59,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--output-dir", default="runs/demo")
     demo.add_argument("--seed", type=int, default=0)
 
+    _add_generate(commands)
     _add_inspect(commands)
     _add_data(commands)
     _add_judge(commands)
@@ -74,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             return _train(arguments, options)
+        if arguments.command == "generate":
+            return _generate(arguments)
         if arguments.command == "inspect":
             return _inspect(arguments)
         if arguments.command == "data":
@@ -89,6 +102,86 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastalign: interrupted", file=sys.stderr)
         return FAILED
+
+
+GENERATE_HELP = """\
+examples:
+  fastalign generate --model ./model prompts.jsonl answers.jsonl
+  fastalign generate --model runs/jsft --best-of 16 prompts.jsonl answers.jsonl
+  fastalign generate --model ./base --adapter runs/jsft --best-of 8 \\
+      --principle "It is honest." --principle "It helps." prompts.jsonl answers.jsonl
+  fastalign generate --model ./model --best-of 4 --judge judge.yaml prompts.jsonl answers.jsonl
+
+A judge file has the keys of a recipe's judge section (type, path, endpoint, principles, ...).
+Where answers.jsonl has answers already, an interrupted run goes on behind them.
+"""
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="answer prompts, each with the best of several samples",
+        epilog=GENERATE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = generate.add_argument
+    add("prompts", help="JSONL, JSON or Parquet file of prompts, messages or Alpaca rows")
+    add("answers", help="JSONL file, a line for each prompt")
+    add("--model", required=True, help="folder or hub name")
+    add("--adapter", metavar="A", help="LoRA adapter on it")
+    add(
+        "--best-of",
+        type=_whole_number(1),
+        default=1,
+        metavar="N",
+        help="sample N answers and keep the winner of a knockout tournament; default: 1",
+    )
+    add(
+        "--judge",
+        default="self",
+        metavar="self|FILE",
+        help="who judges the matches: the model that answers (default), or a YAML file",
+    )
+    add(
+        "--principle",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="judge by it; several are voted on",
+    )
+    add("--seed", type=_whole_number(0), default=0, help="default: 0")
+    add("--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0: greedy")
+    add("--top-p", type=float, default=0.9, metavar="P", help="default: 0.9")
+    add(
+        "--max-tokens",
+        type=_whole_number(1),
+        default=768,
+        metavar="N",
+        help="of an answer; default: 768",
+    )
+    add("--engine", choices=("auto", "vllm", "hf"), default="auto")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--template", help="as a dataset's in a recipe")
+    add(
+        "--chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""for the tokenizer's chat template, as '{"enable_thinking": false}'""",
+    )
+    add(
+        "--batch-size",
+        type=_whole_number(1),
+        metavar="N",
+        help="prompts answered and written at once; default: as many as have 256 samples",
+    )
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="F",
+        help="share of the GPU's memory that vLLM takes; default: 0.9, 0.4 beside another model "
+        "that judges",
+    )
 
 
 def _add_inspect(commands: Any) -> None:
@@ -131,6 +224,71 @@ def _whole_number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: want a JSON object")
+    return value
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    judge = _judge_of_matches(arguments.judge, tuple(arguments.principle))
+    share = arguments.gpu_memory_utilization
+    if share is None:
+        share = 0.4 if judge.type == "model" else 0.9
+    if not 0 < share <= 1:
+        raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
+
+    from fastalign.endpoint import BudgetSpent, JudgeError
+    from fastalign.generate import Settings, answer_file
+    from fastalign.rollout import EngineError
+
+    settings = Settings(
+        ModelConfig(
+            model_name_or_path=arguments.model,
+            adapter_name_or_path=arguments.adapter,
+            dtype=arguments.dtype,
+        ),
+        best_of=arguments.best_of,
+        judge=judge,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        template=arguments.template,
+        chat_template_kwargs=arguments.chat_template_kwargs,
+        rollout=RolloutConfig(engine=arguments.engine, gpu_memory_utilization=share),
+        batch_size=arguments.batch_size,
+    )
+    try:
+        report = answer_file(arguments.prompts, Path(arguments.answers), settings)
+    except EngineError as error:
+        _complain(f"rollout engine: {error}")
+        return FAILED
+    except JudgeError as error:
+        _complain(str(error))
+        return FAILED
+    except BudgetSpent as error:
+        _complain(f"paused: {error}; what was answered is in {arguments.answers}")
+        return PAUSED
+    for line in report.lines():
+        print(line)
+    print(arguments.answers)
+    return OK
+
+
+def _judge_of_matches(name: str, principles: tuple[str, ...]) -> JudgeConfig:
+    judge = JudgeConfig(type="self") if name == "self" else load_judge(name)
+    if principles and judge.type == "rule":
+        raise ConfigError(f"--principle: the judge of {name} is a rule, which is told of none")
+    if principles and judge.principles:
+        raise ConfigError(f"--principle: {name} has principles already: name them in one place")
+    return judge.model_copy(update={"principles": principles}) if principles else judge
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

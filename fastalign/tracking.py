@@ -62,16 +62,7 @@ class Tracker:
             self._file = self._path.open("w", encoding="utf-8")
             self._file.writelines(kept)
         if self.active and sys.stderr.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.fields[phase]:<8}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self._bar = _bar(self.console)
             self._task = self._bar.add_task(
                 "train", total=self.total_steps, completed=step, phase="start", figures=""
             )
@@ -106,6 +97,58 @@ class Tracker:
             self._bar = None
         if self._file is not None:
             self._file.close()
+
+
+class Counter:
+    """How much of a job is done: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, what: str, done: int, total: int) -> None:
+        self.console = Console(stderr=True)
+        self._what = what
+        self._started, self._first = time.monotonic(), done
+        self._done, self._total = done, total
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = _bar(self.console)
+            self._task = self._bar.add_task(
+                what, total=total, completed=done, phase="start", figures=what
+            )
+
+    def __enter__(self) -> Counter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, phase=name)
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+            return
+        each = (time.monotonic() - self._started) / (self._done - self._first)
+        left = _clock(each * (self._total - self._done))
+        self.console.print(f"{self._done}/{self._total} {self._what}  left {left}", highlight=False)
+
+
+def _bar(console: Console) -> Progress:
+    """Its tasks have the fields ``phase`` and ``figures``."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[phase]:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _clock(seconds: float) -> str:
