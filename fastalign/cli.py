@@ -173,7 +173,7 @@ def _add_generate(commands: Any) -> None:
         "--batch-size",
         type=_whole_number(1),
         metavar="N",
-        help="prompts answered and written at once; default: as many as have 256 samples",
+        help="prompts answered and written at once; default: those of 64 samples, in vLLM of 256",
     )
     add(
         "--gpu-memory-utilization",

@@ -35,13 +35,11 @@ from fastalign.local import LocalModel, make_renderer, open_model
 from fastalign.methods.base import plain_prompt
 from fastalign.model import context_length, load_tokenizer
 from fastalign.online import check_decision_mass
-from fastalign.rollout import Rollout, SamplingSettings, choose_judge_engine
+from fastalign.rollout import Rollout, SamplingSettings, choose_engine, choose_judge_engine
 from fastalign.templates import Renderer
 from fastalign.tournament import Bracket, Contest, Tally, play, tally
 from fastalign.tracking import Counter
 
-# Samples between two writes, unless the settings say how many prompts.
-BATCH_SAMPLES = 256
 # Of a judge: when it is asked, and not what it says.
 UNDECISIVE: dict[str, Any] = {
     "min_decision_mass": True,
@@ -67,7 +65,8 @@ class Settings:
         template, chat_template_kwargs: as a dataset's in a recipe.
         rollout: the engine.  Beside another model that judges, on one GPU, it wants less memory.
         batch_size: prompts that are answered together and written together; None: as many as have
-            256 samples.
+            the samples that the engine decodes at once, four times as many in vLLM, where they
+            flow.
 
     Raises:
         ConfigError: a value that cannot be.
@@ -103,7 +102,10 @@ class Settings:
 
     @property
     def prompts_at_once(self) -> int:
-        return self.batch_size or max(1, BATCH_SAMPLES // self.best_of)
+        if self.batch_size is not None:
+            return self.batch_size
+        flows = choose_engine(self.rollout)[0] == "vllm"
+        return max(1, self.rollout.max_num_seqs * (4 if flows else 1) // self.best_of)
 
     def of_answers(self) -> dict[str, Any]:
         """What decides the answers but for the engine, as JSON."""
@@ -353,10 +355,10 @@ def _length(
     longest = max(map(len, prompts), default=0) + settings.max_tokens
     if settings.best_of == 1 or settings.judge.type not in ("self", "model"):
         return longest
+    principle = max(settings.judge.principles, key=len, default=None)
     around = max(
         len(renderer.judge_prompt_ids(record.prompt, "", "", principle, record.tools))
         for record in records
-        for principle in settings.judge.principles or (None,)
     )
     # A text may have some tokens more than it was sampled as.
     return max(longest, around + 2 * (settings.max_tokens + settings.max_tokens // 4 + 16))
