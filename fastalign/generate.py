@@ -40,11 +40,11 @@ from fastalign.templates import Renderer
 from fastalign.tournament import Bracket, Contest, Tally, play, tally
 from fastalign.tracking import Counter
 
-# Of a judge: when it is asked, and not what it says.
+# Of a judge: whether it is asked, and not what it says.
+DECIDES = {"base_url", "model", "max_tokens", "temperature", "extra_body"}
 UNDECISIVE: dict[str, Any] = {
     "min_decision_mass": True,
-    "endpoint": set(EndpointConfig.model_fields)
-    - {"base_url", "model", "max_tokens", "temperature"},
+    "endpoint": set(EndpointConfig.model_fields) - DECIDES,
 }
 ITSELF = JudgeConfig(type="self")
 # Nothing shares a GPU with it but another model that judges.
@@ -355,9 +355,13 @@ def _length(
     longest = max(map(len, prompts), default=0) + settings.max_tokens
     if settings.best_of == 1 or settings.judge.type not in ("self", "model"):
         return longest
-    principle = max(settings.judge.principles, key=len, default=None)
+    empty = [{"role": "user", "content": ""}]
+    longest_principle = max(
+        settings.judge.principles or (None,),
+        key=lambda principle: len(renderer.judge_prompt_ids(empty, "", "", principle)),
+    )
     around = max(
-        len(renderer.judge_prompt_ids(record.prompt, "", "", principle, record.tools))
+        len(renderer.judge_prompt_ids(record.prompt, "", "", longest_principle, record.tools))
         for record in records
     )
     # A text may have some tokens more than it was sampled as.
