@@ -61,7 +61,7 @@ class Settings:
         temperature, top_p: the paper's, whatever ``best_of`` is; temperature 0 is greedy.
         max_tokens: most tokens of an answer.
         seed: decides with a prompt's place and a sample's number what is drawn, and the shuffle
-            of a tournament.
+            of a tournament.  vLLM draws the same again only for the same batches.
         template, chat_template_kwargs: as a dataset's in a recipe.
         rollout: the engine.  Beside another model that judges, on one GPU, it wants less memory.
         batch_size: prompts that are answered together and written together; None: as many as have
@@ -499,7 +499,7 @@ def _check_begun(where: str, line: bytes, record: Record, made_with: Mapping[str
         raise ConfigError(f"{where}: {_NOT_OURS}")
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     _check_row(where, line, record, made_with)
 
@@ -507,8 +507,8 @@ def _check_begun(where: str, line: bytes, record: Record, made_with: Mapping[str
 def _check_row(where: str, line: bytes, record: Record, made_with: Mapping[str, Any]) -> None:
     try:
         row = json.loads(line)
-        there = row["settings"].items() if row["completion"] is not None else ()
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        _, then = row["completion"], dict(row["settings"])
+    except (ValueError, RecursionError, TypeError, KeyError):
         raise ConfigError(f"{where}: {_NOT_OURS}") from None
     if any(row.get(name) != value for name, value in _head(record).items()):
         raise ConfigError(
@@ -516,9 +516,9 @@ def _check_row(where: str, line: bytes, record: Record, made_with: Mapping[str, 
             "made from, or another name for the answers"
         )
     now = json.loads(json.dumps(made_with))
-    for name in dict.fromkeys([*now, *dict(there)]):
-        if dict(there).get(name) != now.get(name):
+    for name in [*now, *then]:
+        if then.get(name) != now.get(name):
             raise ConfigError(
-                f"{where}: was made with {name} = {dict(there).get(name)!r}, now it is "
+                f"{where}: was made with {name} = {then.get(name)!r}, now it is "
                 f"{now.get(name)!r}: take the same to go on, or another name for the answers"
             )
