@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fastalign import judge
+from fastalign import judge, tournament
 from fastalign.batch import make_batch
 from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
@@ -229,8 +229,28 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
                 judged += judge.judge_written(writer, part)
             else:
                 comparer = judge.make_judge(run.config.judge, "pairwise", renderer, asked)
-                judged += judge.judge_pairs(comparer, part)
+                judged += compare(run, comparer, part)
     return judged
+
+
+def compare(run: Run, judging: judge.PairwiseJudge, episodes: list[Episode]) -> list[Episode]:
+    """Episodes with the verdicts of the matches that the method asks for."""
+    if run.method.compares == "all":
+        return judge.judge_pairs(judging, episodes)
+    assert run.config.online is not None
+    contests = [tournament.Contest(e.prompt, e.texts, e.tools, e.index) for e in episodes]
+    brackets = tournament.play(
+        judging, contests, run.config.seed, max_entrants=run.config.online.num_generations
+    )
+    return [
+        replace(
+            episode,
+            matches=tuple((m.a, m.b) for part in bracket.rounds for m in part),
+            verdicts=tuple(m.verdict for part in bracket.rounds for m in part),
+            winner=bracket.winner,
+        )
+        for episode, bracket in zip(episodes, brackets, strict=True)
+    ]
 
 
 @contextlib.contextmanager

@@ -582,7 +582,10 @@ def test_a_log_is_training_data_token_for_token(rule, sharp_llama, tmp_path, cap
     assert lines[0].startswith(f"0 answers are trained on as they were sampled, {len(examples)} ")
 
 
-@pytest.mark.parametrize(("method", "other"), [("dpo", "dpo"), ("rso", "dpo"), ("rest", "sft")])
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [("dpo", "dpo"), ("rso", "dpo"), ("rest", "sft"), ("raft", "sft")],
+)
 def test_a_log_of_comparisons_is_training_data_too(sharp_llama, tmp_path, method, other):
     """What the online run trained on, an offline one does: by pairs or by what was kept."""
     source = recipe(
@@ -604,6 +607,11 @@ def test_a_log_of_comparisons_is_training_data_too(sharp_llama, tmp_path, method
     assert ids_of(examples) == expected
     answers = sum(len(e.streams) for e in examples)
     assert lines == [f"{answers} answers are trained on as they were sampled"]
+    if method == "raft":
+        # Four answers meet in three matches, and the winner lost none of them.
+        assert all(len(e.matches) == 3 for e in episodes)
+        assert all(e.winner not in [loser for _, loser in e.preferences()] for e in episodes)
+        assert all(e.kept in ((), (e.winner,)) for e in episodes)
 
 
 # ------------------------------------------------------------------------------- fresh adapters
