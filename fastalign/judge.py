@@ -22,7 +22,7 @@ from fastalign.endpoint import Endpoint, Reply
 from fastalign.episodes import NO_JUDGMENT, Episode, Verdict
 from fastalign.plugins import load_object
 from fastalign.rollout import Rollout, RolloutEngine, SamplingSettings
-from fastalign.templates import Renderer
+from fastalign.templates import JudgeWording, Renderer
 
 Messages = Sequence[Mapping[str, Any]]
 # Tokens of a reply where the recipe does not say: a letter with a few words, a sentence or two.
@@ -246,9 +246,9 @@ class EndpointPairwiseJudge:
     answer to every question is set aside.
     """
 
-    def __init__(self, config: JudgeConfig, renderer: Renderer, endpoint: Endpoint) -> None:
+    def __init__(self, config: JudgeConfig, wording: JudgeWording, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.renderer = renderer
+        self.wording = wording
         self.principles = config.principles or (None,)
         self.letters = tuple(token.strip() for token in config.decision_tokens)
         self.tie = config.tie_threshold
@@ -259,7 +259,7 @@ class EndpointPairwiseJudge:
             ConfigError, JudgeError, BudgetSpent: see :meth:`fastalign.endpoint.Endpoint.ask`.
         """
         asked = [
-            self.renderer.judge_messages(pair.prompt, first, second, principle)
+            self.wording.judge_messages(pair.prompt, first, second, principle)
             for pair in pairs
             for principle in self.principles
             for first, second in ((pair.a, pair.b), (pair.b, pair.a))
@@ -319,6 +319,7 @@ def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
         flipped=bool((np.abs(np.sign(lead).sum(axis=1)) == 2).mean() > 0.5),
         first_slot=float(first.mean()),
         mass=float(probabilities.sum(-1).mean()),
+        probabilities=tuple(((a, b), (c, d)) for (a, b), (c, d) in probabilities.tolist()),
     )
 
 
@@ -397,7 +398,7 @@ def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Epis
     """
     answers = [Answer(e.prompt, text, e.tools) for e in episodes for text in e.texts]
     judgments = list(judge.judge(answers))
-    _check_count(judge, judgments, len(answers))
+    check_count(judge, judgments, len(answers))
     wrong = next((j for j in judgments if not isinstance(j, str | Failed | None)), None)
     if wrong is not None:
         raise ConfigError(
@@ -421,7 +422,7 @@ def _with_noise(judgment: str | Failed | None) -> tuple[str | None, str | None]:
     return text, noise_reason(text) if text is not None else None
 
 
-def _check_count(judge: object, given: Sequence[object], asked: int) -> None:
+def check_count(judge: object, given: Sequence[object], asked: int) -> None:
     if len(given) != asked:
         raise ConfigError(
             f"judge.path: {_name(judge)} gave {len(given)} judgments for {asked}: it must give one "
@@ -438,7 +439,7 @@ def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episo
     """Episodes in which each rollout is compared with each other one."""
     index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
     given = judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
-    _check_count(judge, given, len(index))
+    check_count(judge, given, len(index))
     verdicts = iter(given)
     judged = []
     for episode in episodes:

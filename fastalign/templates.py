@@ -257,7 +257,27 @@ _PROBE = "kqzvprobe"
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
-class Renderer:
+class JudgeWording:
+    """The words of a comparison, for a judge that brings its own tokenizer, as a server does."""
+
+    def __init__(self, judge_template: str | None = None) -> None:
+        """``judge_template``: path of a YAML file with the keys of :class:`JudgeTemplate`."""
+        self.judge = load_judge_template(judge_template)
+
+    def judge_messages(
+        self, messages: Messages, a: str, b: str, principle: str | None = None
+    ) -> list[Message]:
+        """The comparison of two answers as a system turn and a question, in the words that
+        :meth:`Renderer.judge_prompt_ids` puts before the model itself."""
+        return _asked(*self._judge_question(messages, a, b, principle))
+
+    def _judge_question(
+        self, messages: Messages, a: str, b: str, principle: str | None
+    ) -> tuple[str, str]:
+        return self.judge.asked(principle, dialogue=_transcript(messages), a=a, b=b)
+
+
+class Renderer(JudgeWording):
     """Token ids of prompts, answers and dialogues for one tokenizer and one template.
 
     Args:
@@ -291,7 +311,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = load_template(template)
-        self.judge = load_judge_template(judge_template)
+        super().__init__(judge_template)
         self.written = load_written_template(written_template)
         self._kwargs = dict(chat_template_kwargs or {})
         # A judge is read by the token that follows; its own thoughts would stand there.
@@ -650,21 +670,9 @@ class Renderer:
         if first is not None:
             first["content"] = f"{system}\n\n{first['content']}"
 
-    def judge_messages(
-        self, messages: Messages, a: str, b: str, principle: str | None = None
-    ) -> list[Message]:
-        """The comparison of two answers as a system turn and a question, in the words that
-        :meth:`judge_prompt_ids` puts before the model itself."""
-        return _asked(*self._judge_question(messages, a, b, principle))
-
     def written_messages(self, messages: Messages, answer: str) -> list[Message]:
         """The question of :meth:`written_prompt_ids` as a system turn and a user turn."""
         return _asked(self.written.system, self._written_question(messages, answer))
-
-    def _judge_question(
-        self, messages: Messages, a: str, b: str, principle: str | None
-    ) -> tuple[str, str]:
-        return self.judge.asked(principle, dialogue=_transcript(messages), a=a, b=b)
 
     def _judge_text(
         self,
