@@ -452,6 +452,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(tree, str(path))
 
 
+def load_judge(path: str | Path) -> JudgeConfig:
+    """A judge in a YAML file of its own, whose keys are those of a recipe's ``judge``.
+
+    Raises:
+        ConfigError: one line naming file, key, value and what would be right.
+    """
+    tree = read_yaml(path, "judge")
+    try:
+        who = JudgeConfig.model_validate(tree)
+        _check_judge("judge", who)
+    except ValidationError as error:
+        errors = [{**each, "loc": ("judge", *each["loc"])} for each in error.errors()]
+        raise ConfigError(f"{path}: {_explain(errors)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return who
+
+
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """A YAML file that is one mapping; ``what`` names its purpose in errors.
 

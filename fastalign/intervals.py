@@ -126,4 +126,5 @@ def wilson(right: float, count: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
     half /= 1 + z * z / count
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding may put an end on the wrong side of a share of 0 or 1.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

@@ -149,7 +149,9 @@ def test_intervals_of_a_judges_accuracy_cover():
         draws = np.random.default_rng(trial).random(80) < 0.7
         right = {p.a: bool(x) for p, x in zip(pairs, draws, strict=True)}
         right |= {p.b: not x for p, x in zip(pairs, draws, strict=True)}
-        found = measured(lambda prompt, a, b, r=right: r[a] - r[b], pairs, trial, draws=300, thresholds=())
+        found = measured(
+            lambda prompt, a, b, r=right: r[a] - r[b], pairs, trial, draws=300, thresholds=()
+        )
         covered += found.overall["accuracy"].low <= 0.7 <= found.overall["accuracy"].high
     assert 0.89 < covered / 150 < 0.99
 
