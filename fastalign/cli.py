@@ -224,8 +224,9 @@ orders. Figures have 95 % intervals, resampled over prompts.
 EVAL_OPTIONS = {
     "judge": ("pairs", "against"), "principle": ("pairs", "against"),
     "template": ("pairs", "against"), "engine": ("pairs", "against"),
+    "gpu_memory_utilization": ("pairs", "against"),
     "answers": ("against",), "prompts": ("against",), "against_adapter": ("against",),
-    "max_new_tokens": ("against",), "temperature": ("against",), "top_p": ("against",),
+    "max_tokens": ("against",), "temperature": ("against",), "top_p": ("against",),
     "include_path": ("tasks",), "num_fewshot": ("tasks",), "batch_size": ("tasks",),
     "apply_chat_template": ("tasks",),
 }  # fmt: skip
@@ -258,15 +259,16 @@ def _add_eval(commands: Any) -> None:
     add("--out", metavar="FOLDER", help="for the report, its rows and its plot")
     add("--json", action="store_true", help="the whole report as JSON")
     judging = evaluate.add_argument_group("with --pairs and --against").add_argument
-    judging("--judge", metavar="YAML", help="default: self, the model")
+    judging("--judge", metavar="self|FILE", help="default: self, the model; or a YAML file")
     judging("--principle", action="append", metavar="TEXT", help="judge by it; may be repeated")
     judging("--template", help="how a model is spoken to, as a dataset's in a recipe")
     judging("--engine", choices=("auto", "vllm", "hf"), help="of local models")
+    judging("--gpu-memory-utilization", type=float, metavar="F", help="of vLLM; default: 0.4")
     wins = evaluate.add_argument_group("with --against").add_argument
     wins("--prompts", metavar="FILE", help="default: those of the file of answers")
     wins("--answers", metavar="FILE", help="stored answers in place of the model's own")
     wins("--against-adapter", metavar="FOLDER", help="LoRA adapter on the other model")
-    wins("--max-new-tokens", type=_whole_number(1), metavar="N", help="of an answer; default: 256")
+    wins("--max-tokens", type=_whole_number(1), metavar="N", help="of an answer; default: 256")
     wins("--temperature", type=float, metavar="T", help="default: 0, the most probable tokens")
     wins("--top-p", type=float, metavar="P", help="default: 1")
     tasks = evaluate.add_argument_group("with --tasks").add_argument
@@ -323,9 +325,12 @@ def _judging(arguments: argparse.Namespace) -> Any:
     who = JudgeConfig(type="self") if own else load_judge(arguments.judge)
     if arguments.principle:
         who = who.model_copy(update={"principles": tuple(arguments.principle)})
+    share = 0.4 if arguments.gpu_memory_utilization is None else arguments.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
     return Judging(
         judge=who,
-        rollout=RolloutConfig(engine=arguments.engine or "auto"),
+        rollout=RolloutConfig(engine=arguments.engine or "auto", gpu_memory_utilization=share),
         max_length=arguments.max_length or 4096,
         dtype=arguments.dtype,
         template=arguments.template,
@@ -363,7 +368,7 @@ def _eval_against(arguments: argparse.Namespace) -> int:
     temperature = 0.0 if arguments.temperature is None else arguments.temperature
     top_p = 1.0 if arguments.top_p is None else arguments.top_p
     try:
-        sampling = SamplingSettings(arguments.max_new_tokens or 256, temperature, top_p)
+        sampling = SamplingSettings(arguments.max_tokens or 256, temperature, top_p)
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     other = None if stored else arguments.against

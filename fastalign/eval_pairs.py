@@ -219,11 +219,11 @@ def notes(measured: Measured) -> list[str]:
     ece = found.calibration
     if ece.bins:
         lines.append(
-            f"calibration error of the margin {ece.ece:.3f}; of a calibrated judge below "
-            f"{ece.ece_limit:.3f} on as many pairs"
+            f"calibration error of the margin {ece.ece:.3f}: a calibrated judge stays below "
+            f"{ece.ece_limit:.3f} on as many pairs, 95 times in 100"
         )
     mass = found.overall["mass"]
-    if who.type not in ("rule",) and mass.defined and mass.value < who.min_decision_mass:
+    if who.type != "rule" and mass.defined and mass.value < who.min_decision_mass:
         lines.append(
             f"P(A) + P(B) is below min_decision_mass = {who.min_decision_mass}: a run would refuse "
             "this judge; train it with method: jsft first"

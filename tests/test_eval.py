@@ -194,7 +194,7 @@ def test_a_server_that_judges_needs_no_model_and_is_paid_once(desk, tmp_path, ca
 
 
 def test_answers_of_two_models_are_their_own(desk, other_llama, adapter, tmp_path, capsys):
-    asked = ["--model", desk.model, "--prompts", desk.prompts, "--max-new-tokens", "8", *LOCAL]
+    asked = ["--model", desk.model, "--prompts", desk.prompts, "--max-tokens", "8", *LOCAL]
     asked += ["--against", str(other_llama), "--judge", desk.judge("longer")]
     found = report(capsys, *asked, "--out", str(tmp_path))
     kept = lines(tmp_path / "pairs.jsonl")
@@ -222,11 +222,11 @@ def test_answers_of_two_models_are_their_own(desk, other_llama, adapter, tmp_pat
 
 def test_a_model_against_itself_is_an_even_match_and_says_who_judges(desk, capsys):
     asked = ["--model", desk.model, "--against", desk.model, "--prompts", desk.prompts]
-    assert main(["eval", *asked, "--max-new-tokens", "6", *LOCAL]) == 0
+    assert main(["eval", *asked, "--max-tokens", "6", *LOCAL]) == 0
     shown = capsys.readouterr().out
     assert "(one of the two contestants)" in shown
     assert f"{desk.model} against {desk.model}" in shown
-    even = report(capsys, *asked, "--max-new-tokens", "6", *LOCAL)
+    even = report(capsys, *asked, "--max-tokens", "6", *LOCAL)
     assert even["figures"]["win_rate"] == 0.5 and even["figures"]["abstained"] == 1
     assert even["figures"]["length_controlled"] == pytest.approx(0.5)
     assert even["judge_is_a_contestant"]
@@ -250,7 +250,7 @@ def test_stored_answers_meet_by_prompt(desk, tmp_path, capsys):
 
 
 def test_a_model_meets_stored_answers_and_judges(desk, tmp_path, capsys):
-    asked = ["--model", desk.model, "--against", desk.answers, "--max-new-tokens", "6", *LOCAL]
+    asked = ["--model", desk.model, "--against", desk.answers, "--max-tokens", "6", *LOCAL]
     found = report(capsys, *asked, "--out", str(tmp_path), "--max-samples", "5")
     assert found["figures"]["pairs"] == 5 and found["judge_is_a_contestant"]
     stored = {row["prompt"]: row["completion"] for row in rows("completion", 12)}
