@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
@@ -136,6 +137,16 @@ def _whole_number(least: int) -> Callable[[str], int]:
     return read
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: want a JSON object")
+    return value
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.overrides)
 
@@ -224,7 +235,7 @@ orders. Figures have 95 % intervals, resampled over prompts.
 EVAL_OPTIONS = {
     "judge": ("pairs", "against"), "principle": ("pairs", "against"),
     "template": ("pairs", "against"), "engine": ("pairs", "against"),
-    "gpu_memory_utilization": ("pairs", "against"),
+    "gpu_memory_utilization": ("pairs", "against"), "chat_template_kwargs": ("pairs", "against"),
     "answers": ("against",), "prompts": ("against",), "against_adapter": ("against",),
     "max_tokens": ("against",), "temperature": ("against",), "top_p": ("against",),
     "include_path": ("tasks",), "num_fewshot": ("tasks",), "batch_size": ("tasks",),
@@ -262,6 +273,7 @@ def _add_eval(commands: Any) -> None:
     judging("--judge", metavar="self|FILE", help="default: self, the model; or a YAML file")
     judging("--principle", action="append", metavar="TEXT", help="judge by it; may be repeated")
     judging("--template", help="how a model is spoken to, as a dataset's in a recipe")
+    judging("--chat-template-kwargs", type=_json_object, metavar="JSON", help="for that template")
     judging("--engine", choices=("auto", "vllm", "hf"), help="of local models")
     judging("--gpu-memory-utilization", type=float, metavar="F", help="of vLLM; default: 0.4")
     wins = evaluate.add_argument_group("with --against").add_argument
@@ -334,6 +346,7 @@ def _judging(arguments: argparse.Namespace) -> Any:
         max_length=arguments.max_length or 4096,
         dtype=arguments.dtype,
         template=arguments.template,
+        chat_template_kwargs=arguments.chat_template_kwargs or {},
         folder=Path(arguments.out) if arguments.out else None,
     )
 
@@ -427,8 +440,6 @@ def _tell(
     write: Callable[[Path], list[Path]],
 ) -> None:
     """Files first: what was measured is kept, whatever becomes of the terminal."""
-    import json
-
     from rich.console import Console
 
     written = write(Path(arguments.out)) if arguments.out else []

@@ -225,7 +225,7 @@ def _answers(
     settings: Settings, model: LocalModel, prompts: Sequence[Record], drops: Drops
 ) -> list[str | None]:
     """The model's answer to each prompt, None where the prompt leaves no room for one."""
-    renderer = model.renderer(template=settings.judging.template)
+    renderer = settings.judging.renderer(model)
     sampling = SamplingSettings(
         settings.sampling.max_new_tokens,
         settings.sampling.temperature,

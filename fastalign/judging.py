@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastalign.config import ConfigError, JudgeConfig, ModelConfig, RolloutConfig
 from fastalign.endpoint import Endpoint
@@ -18,7 +18,7 @@ from fastalign.judge import (
 )
 from fastalign.judge_quality import BothOrders
 from fastalign.local import LocalModel, open_model
-from fastalign.templates import JudgeWording
+from fastalign.templates import JudgeWording, Renderer
 
 REPLIES = "judge-replies.jsonl"
 
@@ -31,7 +31,7 @@ class Judging:
         rollout: the engine of a local model.
         dtype: of another local model, as in a recipe.
         max_length: most tokens of a question.
-        template: how a local model is spoken to, as a dataset's in a recipe.
+        template, chat_template_kwargs: how local models are spoken to, as a dataset's in a recipe.
         folder: where the replies of a server are kept.
     """
 
@@ -40,6 +40,7 @@ class Judging:
     max_length: int
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     def check(self) -> None:
@@ -54,6 +55,12 @@ class Judging:
                 raise ConfigError("judge.principles: a rule is asked for one verdict overall")
         if self.judge.type == "endpoint" and self.folder is None:
             raise ConfigError("--out is missing: the replies of a server are kept there")
+
+    def renderer(self, model: LocalModel) -> Renderer:
+        """How a local model is spoken to, as contestant and as judge."""
+        return model.renderer(
+            self.judge, template=self.template, chat_template_kwargs=self.chat_template_kwargs
+        )
 
     def describe(self, model: ModelConfig | None) -> str:
         """In words; ``model`` is the one that judges itself."""
@@ -101,17 +108,20 @@ def open_judge(judging: Judging, own: LocalModel | None) -> Iterator[PairwiseJud
             yield EndpointPairwiseJudge(who, JudgeWording(who.template), endpoint)
     elif who.type == "model":
         assert who.model_name_or_path is not None
-        with open_model(
-            ModelConfig(model_name_or_path=who.model_name_or_path, dtype=judging.dtype),
-            judging.rollout,
-            max_model_len=judging.max_length,
-        ) as other:
-            yield _local(judging, other)
+        other = ModelConfig(model_name_or_path=who.model_name_or_path, dtype=judging.dtype)
+        with contextlib.ExitStack() as stack:
+            try:
+                model = stack.enter_context(
+                    open_model(other, judging.rollout, max_model_len=judging.max_length)
+                )
+            except ConfigError as error:
+                raise ConfigError(f"judge.{error}") from None
+            yield _local(judging, model)
     else:
         assert own is not None
         yield _local(judging, own)
 
 
 def _local(judging: Judging, model: LocalModel) -> PairwiseJudge:
-    renderer = model.renderer(judging.judge, template=judging.template)
+    renderer = judging.renderer(model)
     return make_judge(judging.judge, "pairwise", renderer, model.judge(renderer))

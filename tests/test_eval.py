@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,20 @@ def test_another_model_judges_by_its_yaml(desk, other_llama, capsys):
     as_self = report(capsys, *asked, "--model", str(other_llama))
     assert by_yaml["figures"]["mass"] == pytest.approx(as_self["figures"]["mass"])
     assert by_yaml["judge"]["tie_threshold"] == 0 and by_yaml["model"] is None
+
+
+def test_models_are_spoken_to_as_asked(desk, tmp_path, capsys):
+    shutil.copytree(desk.model, tmp_path / "loud")
+    template = (tmp_path / "loud" / "chat_template.jinja").read_text()
+    loud = "{% if loud %}{{ 'one two three ' }}{% endif %}" + template
+    (tmp_path / "loud" / "chat_template.jinja").write_text(loud)
+    asked = ["--pairs", desk.pairs, "--model", str(tmp_path / "loud"), *LOCAL]
+    asked += ["--max-samples", "3"]
+    plain = report(capsys, *asked)["figures"]["mass"]
+    assert report(capsys, *asked, "--template", "alpaca")["figures"]["mass"] != plain
+    kwargs = ["--chat-template-kwargs"]
+    assert report(capsys, *asked, *kwargs, '{"loud": false}')["figures"]["mass"] == plain
+    assert report(capsys, *asked, *kwargs, '{"loud": true}')["figures"]["mass"] != plain
 
 
 def test_rules_are_asked_in_both_orders(desk, capsys):
@@ -316,6 +331,10 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], str]]:
             [*pairs, "--judge", longer, "--principle", "wit"],
             "judge.principles: a rule is asked for one verdict overall",
         ),
+        "judge model that is not there": (
+            [*pairs, "--judge", desk.judge("m", f"type: model\nmodel_name_or_path: {here}/none\n")],
+            f"judge.model_name_or_path = '{here}/none': no such folder",
+        ),
         "server without a folder": (
             [*pairs, "--judge", desk.judge("server", server)],
             "--out is missing: the replies of a server are kept there",
@@ -347,6 +366,10 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], str]]:
             [*against, "--model", desk.model, "--temperature", "-1"],
             "--temperature is -1.0: it must be 0 (greedy)",
         ),
+        "share of a GPU": (
+            [*pairs, "--model", desk.model, "--gpu-memory-utilization", "2"],
+            "--gpu-memory-utilization = 2.0: want a share above 0, at most 1",
+        ),
         "out is a file": (
             [*pairs, "--judge", longer, "--out", desk.answers],
             f"--out = '{desk.answers}'",
@@ -358,9 +381,9 @@ NAMES = [
     "no such file", "no pairs", "no model", "model that is not there", "adapter that is not there",
     "adapter alone", "judge that is not there", "wrong key", "wrong value",
     "rule that is not named", "rule that is not there", "rule with principles",
-    "server without a folder", "another question's option", "no prompts", "nobody to compare",
-    "nobody to judge", "adapter on a file", "no common prompt", "top-p", "temperature",
-    "out is a file",
+    "judge model that is not there", "server without a folder", "another question's option",
+    "no prompts", "nobody to compare", "nobody to judge", "adapter on a file", "no common prompt",
+    "top-p", "temperature", "share of a GPU", "out is a file",
 ]  # fmt: skip
 
 
