@@ -24,6 +24,7 @@ from fastalign.judge import Pair, PairwiseJudge
 from fastalign.judge_quality import Calibration, Quality, compare_blind, plain, quality
 from fastalign.judging import Judging, open_judge
 from fastalign.local import LocalModel, open_model
+from fastalign.templates import principle_name
 
 REPORT, PLOT, PAIRS = "report.json", "reliability.png", "pairs.jsonl"
 # Pairs of one call of the judge: enough for an engine, few enough to see that it goes on.
@@ -111,10 +112,23 @@ def measure(settings: Settings) -> Measured:
         [(len(pair.a), len(pair.b)) for pair in pairs],
         tie=judging.judge.tie_threshold,
         principles=judging.judge.principles,
+        better={p: [_better(record, p) for record in records] for p in judging.judge.principles},
         groups=[prompt_key(record) for record in records],
         seed=settings.seed,
     )
     return Measured(settings, tuple(records), data, tuple(verdicts), found)
+
+
+def _better(record: Record, principle: str) -> str | None:
+    """Which answer the data prefers by a principle, a being the chosen one: what its comparisons
+    say, where it has any, and chosen otherwise."""
+    if record.comparisons is None:
+        return "a"
+    for comparison in record.comparisons:
+        named = comparison.principle
+        if named is not None and principle_name(named) == principle_name(principle):
+            return "a" if comparison.preferred == "chosen" else "b"
+    return None
 
 
 def ask(judge: PairwiseJudge, pairs: Sequence[Pair], seed: int) -> list[Verdict]:
@@ -190,12 +204,13 @@ def _digits(value: float) -> str:
 def _principles_table(found: Quality) -> Table:
     table = Table(title="By each principle alone", title_justify="left", title_style="")
     table.add_column("principle", overflow="fold")
-    for title in ("accuracy", "95 % interval", "abstains", "flips", "P(A)+P(B)"):
+    for title in ("accuracy", "95 % interval", "abstains", "flips", "A + B", "pairs"):
         table.add_column(title, justify="right", no_wrap=True)
     for principle, estimates in found.principles.items():
         rest = [number(estimates[name]) for name in ("abstained", "flipped", "mass")]
         accuracy = estimates["accuracy"]
-        table.add_row(principle, number(accuracy), _interval(accuracy), *rest)
+        count = f"{accuracy.count:,}"
+        table.add_row(principle, number(accuracy), _interval(accuracy), *rest, count)
     return table
 
 

@@ -6,7 +6,7 @@ No files and no command line: the trainer measures its judge with the same funct
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +167,7 @@ def quality(
     *,
     tie: float,
     principles: Sequence[str] = (),
+    better: Mapping[str, Sequence[str | None]] | None = None,
     groups: Sequence[Hashable] | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
     draws: int = DRAWS,
@@ -193,6 +194,8 @@ def quality(
         lengths: [n], of a and b in any one unit.
         tie: the judge's threshold, by which single principles are decided too.
         principles: those of the judge, in its order.
+        better: for a principle [n], which answer is better by it, "a" or "b"; None leaves the pair
+            out of its figures.  A principle that is not there is held against a.
         groups: [n], such as the prompt; pairs of one group are resampled together.
         thresholds: other values of ``tie`` to show the effect of.
         draws: bootstrap samples.
@@ -203,8 +206,20 @@ def quality(
     longer = np.array([np.sign(lengths[i][0] - lengths[i][1]) for i in kept], dtype=np.float64)
     of = None if groups is None else [groups[i] for i in kept]
 
-    def measured(seen: Sequence[Verdict]) -> dict[str, Estimate]:
-        return bootstrap(_ratios(seen, longer), of, draws=draws, seed=seed)
+    def by_principle(k: int, name: str) -> dict[str, Estimate]:
+        truth = better[name] if better is not None and name in better else ["a"] * len(verdicts)
+        known = [i for i, where in enumerate(kept) if truth[where] is not None]
+        seen = [_by_principle(judged[i], k, tie) for i in known]
+        other = np.array([truth[kept[i]] == "b" for i in known], dtype=bool)
+        return bootstrap(
+            _ratios(
+                [turned(v) if is_b else v for v, is_b in zip(seen, other, strict=True)],
+                np.where(other, -longer[known], longer[known]),
+            ),
+            None if of is None else [of[i] for i in known],
+            draws=draws,
+            seed=seed,
+        )
 
     def at(threshold: float) -> Threshold:
         right = np.array([_credit(preferred(seen, threshold)) for seen in judged])
@@ -217,11 +232,8 @@ def quality(
         too_long=sum(seen.too_long for seen in verdicts),
         failed=sum(seen.failed for seen in verdicts),
         tie=tie,
-        overall=measured(judged),
-        principles={
-            name: measured([_by_principle(seen, k, tie) for seen in judged])
-            for k, name in enumerate(principles)
-        },
+        overall=bootstrap(_ratios(judged, longer), of, draws=draws, seed=seed),
+        principles={name: by_principle(k, name) for k, name in enumerate(principles)},
         calibration=calibration(
             np.array([seen.score_a - seen.score_b for seen in judged]), seed=seed
         ),

@@ -162,7 +162,7 @@ class JudgeTemplate:
                 f"judge.template: has no {{principle}}, where {principle!r} would stand: add "
                 "principle_prompt or principle_system"
             )
-        text = self.principles.get(_principle_name(principle), principle)
+        text = self.principles.get(principle_name(principle), principle)
         system, prompt = self.principle_system, self.principle_prompt
         return (
             self.system if system is None else system.format(principle=text),
@@ -178,7 +178,7 @@ class JudgeTemplate:
         )
 
 
-def _principle_name(name: str) -> str:
+def principle_name(name: str) -> str:
     """Case and underscores make no other principle: UltraFeedback writes instruction_following."""
     return name.replace("_", " ").casefold().strip()
 
@@ -960,7 +960,7 @@ def load_judge_template(path: str | None) -> JudgeTemplate:
     if values.keys() & {"prompt", "principle_system"}:
         # The built-in question would not go with the words of the file.
         values.setdefault("principle_prompt", None)
-    named = {_principle_name(name): text for name, text in values.get("principles", {}).items()}
+    named = {principle_name(name): text for name, text in values.get("principles", {}).items()}
     template = JudgeTemplate(**values | {"principles": {**PRINCIPLES, **named}})
     places = template.names_principle()
     if len(places) == 2:

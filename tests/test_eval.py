@@ -154,6 +154,30 @@ def test_another_model_judges_by_its_yaml(desk, other_llama, capsys):
     assert by_yaml["judge"]["tie_threshold"] == 0 and by_yaml["model"] is None
 
 
+def test_comparisons_by_principle_are_what_a_principle_is_held_against(desk, tmp_path, capsys):
+    other = [
+        {"principle": "Instruction_Following", "preferred": "rejected"},
+        {"preferred": "chosen"},
+    ]
+    content = [row | {"comparisons": other} for row in rows("preference", 6)]
+    content += [row | {"comparisons": []} for row in rows("preference", 8)[6:]]
+    path = desk.data("compared.jsonl", content)
+    asked = ["--model", desk.model, *LOCAL, "--principle", "instruction following"]
+    found = report(capsys, "--pairs", path, *asked, "--principle", "honesty")["quality"]
+    by = found["principles"]["instruction following"]
+    assert (by["accuracy"]["count"], found["overall"]["accuracy"]["count"]) == (6, 8)
+    assert found["principles"]["honesty"]["accuracy"] == {
+        "value": None, "low": None, "high": None, "count": 0
+    }  # fmt: skip
+    # The same six pairs without comparisons are held against chosen: right where this is wrong.
+    bare = desk.data("bare.jsonl", rows("preference", 6))
+    against = report(capsys, "--pairs", bare, *asked)["quality"]["principles"]
+    assert by["accuracy"]["value"] == pytest.approx(
+        1 - against["instruction following"]["accuracy"]["value"]
+    )
+    assert main(["eval", "--pairs", path, *asked, "--out", str(tmp_path)]) == 0
+
+
 def test_models_are_spoken_to_as_asked(desk, tmp_path, capsys):
     shutil.copytree(desk.model, tmp_path / "loud")
     template = (tmp_path / "loud" / "chat_template.jinja").read_text()

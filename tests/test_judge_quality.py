@@ -260,6 +260,28 @@ def test_principles_are_measured_as_if_each_were_the_only_one():
     assert len(set(accuracies.values())) == 3
 
 
+def test_a_principle_has_a_truth_of_its_own_where_the_data_say_so():
+    verdicts = random_verdicts(40, 2)
+    lengths = np.random.default_rng(2).integers(1, 9, (40, 2)).tolist()
+    truth = [("a", "b", None)[i % 3] for i in range(40)]
+    found = quality(
+        verdicts, lengths, tie=0.05, principles=("x", "y"), better={"y": truth}, groups=range(40)
+    )
+    plain = quality(verdicts, lengths, tie=0.05, principles=("x", "y"))
+    assert found.principles["x"] == plain.principles["x"] and found.overall == plain.overall
+    credit, longer = [], []
+    for seen, where, (length_a, length_b) in zip(verdicts, truth, lengths, strict=True):
+        alone = verdict(np.array(seen.probabilities)[[1]], 0.05).preferred
+        if where is not None:
+            credit.append(0.5 if alone is None else float(alone == where))
+            if alone is not None and length_a != length_b:
+                longer.append((where == "a") == (length_a > length_b))
+    estimates = found.principles["y"]
+    assert estimates["accuracy"].value == pytest.approx(np.mean(credit))
+    assert estimates["accuracy"].count == len(credit) == 27
+    assert estimates["longer_is_better"].value == pytest.approx(np.mean(longer))
+
+
 @pytest.mark.parametrize("principles", [1, 3])
 def test_thresholds_show_what_the_judge_would_have_decided(principles):
     verdicts = random_verdicts(60, principles)
