@@ -28,6 +28,8 @@ class Verdict:
         failed: the judge was asked and did not answer.
         first_slot: how often the first slot won, in [0, 1].
         mass: mean P(A) + P(B) at the decision position (1 for rules).
+        probabilities: for each principle and order (a first, b first) P(A) and P(B), where the
+            judge was asked in both orders; everything above but the failures follows from them.
     """
 
     score_a: float
@@ -38,6 +40,13 @@ class Verdict:
     mass: float = 1.0
     too_long: bool = False
     failed: bool = False
+    probabilities: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = ()
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Verdict:
+        """The verdict that ``vars`` wrote, as JSON gives it back."""
+        read = [tuple(tuple(order) for order in orders) for orders in row.get("probabilities", ())]
+        return cls(**{**row, "probabilities": tuple(read)})
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,7 @@ class Episode:
             judgments=tuple(judgments) if judgments is not None else None,
             noise=tuple(noise or ()),
             matches=tuple((a, b) for a, b in row.get("matches", ())),
-            verdicts=tuple(Verdict(**verdict) for verdict in row.get("verdicts", ())),
+            verdicts=tuple(map(Verdict.from_row, row.get("verdicts", ()))),
             pairs=tuple((chosen, rejected) for chosen, rejected in row.get("pairs", ())),
             winner=row.get("winner"),
             kept=tuple(row.get("kept", ())),

@@ -22,7 +22,7 @@ from fastalign.endpoint import Endpoint, Reply
 from fastalign.episodes import NO_JUDGMENT, Episode, Verdict
 from fastalign.plugins import load_object
 from fastalign.rollout import Rollout, RolloutEngine, SamplingSettings
-from fastalign.templates import Renderer
+from fastalign.templates import JudgeWording, Renderer
 
 Messages = Sequence[Mapping[str, Any]]
 # Tokens of a reply where the recipe does not say: a letter with a few words, a sentence or two.
@@ -246,9 +246,9 @@ class EndpointPairwiseJudge:
     answer to every question is set aside.
     """
 
-    def __init__(self, config: JudgeConfig, renderer: Renderer, endpoint: Endpoint) -> None:
+    def __init__(self, config: JudgeConfig, wording: JudgeWording, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.renderer = renderer
+        self.wording = wording
         self.principles = config.principles or (None,)
         self.letters = tuple(token.strip() for token in config.decision_tokens)
         self.tie = config.tie_threshold
@@ -259,7 +259,7 @@ class EndpointPairwiseJudge:
             ConfigError, JudgeError, BudgetSpent: see :meth:`fastalign.endpoint.Endpoint.ask`.
         """
         asked = [
-            self.renderer.judge_messages(pair.prompt, first, second, principle)
+            self.wording.judge_messages(pair.prompt, first, second, principle)
             for pair in pairs
             for principle in self.principles
             for first, second in ((pair.a, pair.b), (pair.b, pair.a))
@@ -319,6 +319,7 @@ def verdict(probabilities: np.ndarray, tie: float) -> Verdict:
         flipped=bool((np.abs(np.sign(lead).sum(axis=1)) == 2).mean() > 0.5),
         first_slot=float(first.mean()),
         mass=float(probabilities.sum(-1).mean()),
+        probabilities=tuple(((a, b), (c, d)) for (a, b), (c, d) in probabilities.tolist()),
     )
 
 

@@ -162,7 +162,7 @@ class JudgeTemplate:
                 f"judge.template: has no {{principle}}, where {principle!r} would stand: add "
                 "principle_prompt or principle_system"
             )
-        text = self.principles.get(_principle_name(principle), principle)
+        text = self.principles.get(principle_name(principle), principle)
         system, prompt = self.principle_system, self.principle_prompt
         return (
             self.system if system is None else system.format(principle=text),
@@ -178,7 +178,7 @@ class JudgeTemplate:
         )
 
 
-def _principle_name(name: str) -> str:
+def principle_name(name: str) -> str:
     """Case and underscores make no other principle: UltraFeedback writes instruction_following."""
     return name.replace("_", " ").casefold().strip()
 
@@ -257,7 +257,27 @@ _PROBE = "kqzvprobe"
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
-class Renderer:
+class JudgeWording:
+    """The words of a comparison, for a judge that brings its own tokenizer, as a server does."""
+
+    def __init__(self, judge_template: str | None = None) -> None:
+        """``judge_template``: path of a YAML file with the keys of :class:`JudgeTemplate`."""
+        self.judge = load_judge_template(judge_template)
+
+    def judge_messages(
+        self, messages: Messages, a: str, b: str, principle: str | None = None
+    ) -> list[Message]:
+        """The comparison of two answers as a system turn and a question, in the words that
+        :meth:`Renderer.judge_prompt_ids` puts before the model itself."""
+        return _asked(*self._judge_question(messages, a, b, principle))
+
+    def _judge_question(
+        self, messages: Messages, a: str, b: str, principle: str | None
+    ) -> tuple[str, str]:
+        return self.judge.asked(principle, dialogue=_transcript(messages), a=a, b=b)
+
+
+class Renderer(JudgeWording):
     """Token ids of prompts, answers and dialogues for one tokenizer and one template.
 
     Args:
@@ -291,7 +311,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = load_template(template)
-        self.judge = load_judge_template(judge_template)
+        super().__init__(judge_template)
         self.written = load_written_template(written_template)
         self._kwargs = dict(chat_template_kwargs or {})
         # A judge is read by the token that follows; its own thoughts would stand there.
@@ -650,21 +670,9 @@ class Renderer:
         if first is not None:
             first["content"] = f"{system}\n\n{first['content']}"
 
-    def judge_messages(
-        self, messages: Messages, a: str, b: str, principle: str | None = None
-    ) -> list[Message]:
-        """The comparison of two answers as a system turn and a question, in the words that
-        :meth:`judge_prompt_ids` puts before the model itself."""
-        return _asked(*self._judge_question(messages, a, b, principle))
-
     def written_messages(self, messages: Messages, answer: str) -> list[Message]:
         """The question of :meth:`written_prompt_ids` as a system turn and a user turn."""
         return _asked(self.written.system, self._written_question(messages, answer))
-
-    def _judge_question(
-        self, messages: Messages, a: str, b: str, principle: str | None
-    ) -> tuple[str, str]:
-        return self.judge.asked(principle, dialogue=_transcript(messages), a=a, b=b)
 
     def _judge_text(
         self,
@@ -952,7 +960,7 @@ def load_judge_template(path: str | None) -> JudgeTemplate:
     if values.keys() & {"prompt", "principle_system"}:
         # The built-in question would not go with the words of the file.
         values.setdefault("principle_prompt", None)
-    named = {_principle_name(name): text for name, text in values.get("principles", {}).items()}
+    named = {principle_name(name): text for name, text in values.get("principles", {}).items()}
     template = JudgeTemplate(**values | {"principles": {**PRINCIPLES, **named}})
     places = template.names_principle()
     if len(places) == 2:
