@@ -487,6 +487,8 @@ def _judging(arguments: argparse.Namespace) -> Any:
     share = 0.4 if arguments.gpu_memory_utilization is None else arguments.gpu_memory_utilization
     if not 0 < share <= 1:
         raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
+    if who.type == "endpoint" and not arguments.out:
+        raise ConfigError("--out is missing: the replies of a server are kept there")
     return Judging(
         judge=who,
         rollout=RolloutConfig(engine=arguments.engine or "auto", gpu_memory_utilization=share),
@@ -494,7 +496,7 @@ def _judging(arguments: argparse.Namespace) -> Any:
         dtype=arguments.dtype,
         template=arguments.template,
         chat_template_kwargs=arguments.chat_template_kwargs or {},
-        folder=Path(arguments.out) if arguments.out else None,
+        replies=Path(arguments.out, "judge-replies.jsonl") if arguments.out else None,
     )
 
 

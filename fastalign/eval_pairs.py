@@ -243,7 +243,7 @@ def notes(measured: Measured) -> list[str]:
             f"P(A) + P(B) is below min_decision_mass = {who.min_decision_mass}: a run would refuse "
             "this judge; train it with method: jsft first"
         )
-    if measured.settings.judging.folder is not None and not can_draw():
+    if measured.settings.judging.replies is not None and not can_draw():
         lines.append(f"{PLOT} needs matplotlib: pip install 'fastalign[eval]'")
     return lines
 

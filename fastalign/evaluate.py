@@ -156,7 +156,7 @@ class Evaluator:
                 part = [e for e in episodes if e.dataset == dataset]
                 who = judge.make_judge(run.config.eval_judge, "pairwise", renderer, asked)
                 pairs = [judge.Pair(e.prompt, e.texts[0], start[e.index], e.tools) for e in part]
-                verdicts += who.compare(pairs)
+                verdicts += judge.compare(who, pairs)
         given = [v for v in verdicts if not v.failed]
         wins = [{"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in given]
         return {

@@ -28,9 +28,8 @@ from fastalign.config import (
     RolloutConfig,
 )
 from fastalign.data import Message, Record, RowError, load_records
-from fastalign.endpoint import Endpoint
 from fastalign.episodes import sampling_seed
-from fastalign.judge import JudgeModel, PairwiseJudge, load_rule, make_judge
+from fastalign.judging import Judging, open_judge
 from fastalign.local import LocalModel, make_renderer, open_model
 from fastalign.methods.base import plain_prompt
 from fastalign.model import context_length, load_tokenizer
@@ -273,11 +272,18 @@ def _answers(
     phase = progress.phase if progress is not None else lambda name: None
     matches = Tally()
     with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(_other_judge(settings, length, replies))
+        if replies is None:
+            replies = Path(stack.enter_context(tempfile.TemporaryDirectory()), "replies.jsonl")
+        judging = _judging(settings, length, replies)
+        if settings.best_of > 1:
+            # A mistake shows before a model is loaded.
+            judging.check()
         model = stack.enter_context(
             open_model(settings.model, settings.rollout, max_model_len=length, seed=settings.seed)
         )
-        judge = _judge(settings, model, renderer, asked)
+        judge = None
+        if settings.best_of > 1:
+            judge = stack.enter_context(open_judge(judging, model))
         for start in range(first, len(records), settings.prompts_at_once):
             batch = range(start, min(start + settings.prompts_at_once, len(records)))
             phase("sample")
@@ -371,56 +377,20 @@ def _length(
 # --------------------------------------------------------------------------------------- judging
 
 
-@contextlib.contextmanager
-def _other_judge(
-    settings: Settings, length: int, replies: Path | None
-) -> Iterator[Endpoint | JudgeModel | None]:
-    """Whom a judge asks that is not the model itself.  It comes first, so that a mistake shows
-    before the model is loaded."""
-    who = settings.judge
-    if settings.best_of == 1 or who.type == "self":
-        yield None
-    elif who.type == "endpoint":
-        assert who.endpoint is not None
-        with contextlib.ExitStack() as stack:
-            if replies is None:
-                replies = Path(stack.enter_context(tempfile.TemporaryDirectory()), "replies.jsonl")
-            endpoint = Endpoint(who.endpoint, "judge", replies)
-            stack.callback(endpoint.close)
-            yield endpoint
-    elif who.type == "model":
-        assert who.model_name_or_path is not None
-        theirs = ModelConfig(
-            model_name_or_path=who.model_name_or_path,
-            trust_remote_code=settings.model.trust_remote_code,
-            dtype=settings.model.dtype,
-        )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        engine, _ = choose_judge_engine(settings.rollout, device)
-        with contextlib.ExitStack() as stack:
-            try:
-                # Another tokenizer may need more tokens for the same text.
-                opened = open_model(theirs, engine, max_model_len=2 * length, seed=settings.seed)
-                asked = (model := stack.enter_context(opened)).judge(model.renderer(who))
-            except ConfigError as error:
-                raise ConfigError(f"judge.{error}") from None
-            yield asked
-    else:
-        load_rule(who, "pairwise")
-        yield None
-
-
-def _judge(
-    settings: Settings,
-    model: LocalModel,
-    renderer: Renderer,
-    asked: Endpoint | JudgeModel | None,
-) -> PairwiseJudge | None:
-    if settings.best_of == 1:
-        return None
-    if settings.judge.type == "self":
-        asked = model.judge(renderer)
-    return make_judge(settings.judge, "pairwise", renderer, asked)
+def _judging(settings: Settings, length: int, replies: Path) -> Judging:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine, _ = choose_judge_engine(settings.rollout, device)
+    return Judging(
+        settings.judge,
+        engine,
+        # Another tokenizer may need more tokens for the same text.
+        max_length=2 * length,
+        dtype=settings.model.dtype,
+        trust_remote_code=settings.model.trust_remote_code,
+        template=settings.template,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        replies=replies,
+    )
 
 
 # ----------------------------------------------------------------------------------------- files

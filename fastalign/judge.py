@@ -76,19 +76,24 @@ class RuleWrittenJudge:
 
 
 class RulePairwiseJudge:
-    """``rule(prompt_messages, a, b) -> float``: above 0 prefers a, below 0 b, 0 or NaN neither."""
+    """``rule(prompt_messages, a, b) -> float``: above 0 prefers a, below 0 b, 0 or NaN neither.
 
-    def __init__(self, rule: Callable[[Messages, str, str], float]) -> None:
+    It is asked in both orders, as models are: what it says of one counts as P(A), P(B) = 1, 0 or
+    0, 1, or 1/2 each, so that a rule that prefers a slot decides nothing.
+    """
+
+    def __init__(self, rule: Callable[[Messages, str, str], float], tie: float = 0.0) -> None:
         self.rule = rule
+        self.tie = tie
 
     def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        return [self._verdict(float(self.rule(pair.prompt, pair.a, pair.b))) for pair in pairs]
+        return [self._verdict(pair) for pair in pairs]
 
-    @staticmethod
-    def _verdict(score: float) -> Verdict:
-        if math.isnan(score) or score == 0:
-            return Verdict(0.5, 0.5, None)
-        return Verdict(1.0, 0.0, "a") if score > 0 else Verdict(0.0, 1.0, "b")
+    def _verdict(self, pair: Pair) -> Verdict:
+        orders = ((pair.a, pair.b), (pair.b, pair.a))
+        lead = np.array([float(self.rule(pair.prompt, *order)) for order in orders])
+        first = (np.sign(np.nan_to_num(lead)) + 1) / 2
+        return verdict(np.stack([first, 1 - first], axis=-1)[None], self.tie)
 
 
 NextLogprobs = Callable[[Sequence[np.ndarray], Sequence[int]], np.ndarray]
@@ -126,8 +131,8 @@ class SelfPairwiseJudge:
         table = np.exp(logprobs.astype(np.float64)).reshape(-1, len(self.principles), 2, 2)
         scores = iter(table)
         return [
-            self._verdict(pair, next(scores)) if fit else Verdict(0.5, 0.5, None, too_long=True)
-            for pair, fit in zip(pairs, fits, strict=True)
+            verdict(next(scores), self.tie) if fit else Verdict(0.5, 0.5, None, too_long=True)
+            for fit in fits
         ]
 
     def _prompts(self, pair: Pair) -> list[np.ndarray]:
@@ -137,10 +142,6 @@ class SelfPairwiseJudge:
             for principle in self.principles
             for first, second in ((pair.a, pair.b), (pair.b, pair.a))
         ]
-
-    def _verdict(self, pair: Pair, probabilities: np.ndarray) -> Verdict:
-        seen = verdict(probabilities, self.tie)
-        return Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
 
 
 @dataclass(frozen=True)
@@ -266,16 +267,13 @@ class EndpointPairwiseJudge:
         ]
         replies = self.endpoint.ask(asked, self.endpoint.config.max_tokens or PAIR_TOKENS)
         each = 2 * len(self.principles)
-        return [
-            self._verdict(pair, replies[i * each : (i + 1) * each]) for i, pair in enumerate(pairs)
-        ]
+        return [self._verdict(replies[i * each : (i + 1) * each]) for i in range(len(pairs))]
 
-    def _verdict(self, pair: Pair, replies: Sequence[Reply]) -> Verdict:
+    def _verdict(self, replies: Sequence[Reply]) -> Verdict:
         if any(reply.text is None for reply in replies):
             return Verdict(0.5, 0.5, None, failed=True)
         table = np.array([self._read(reply.text or "") for reply in replies])
-        seen = verdict(table.reshape(len(self.principles), 2, 2), self.tie)
-        return Verdict(0.5, 0.5, None, mass=seen.mass) if pair.a == pair.b else seen
+        return verdict(table.reshape(len(self.principles), 2, 2), self.tie)
 
     def _read(self, text: str) -> tuple[float, float]:
         """(1, 0) for the first answer, (0, 1) for the second, (0, 0) for no letter."""
@@ -354,10 +352,7 @@ def make_judge(
     where a model does not bring its own.
     """
     if config.type == "rule":
-        rule = load_rule(config, kind)
-        if hasattr(rule, _METHODS[kind]):
-            return rule() if isinstance(rule, type) else rule
-        return RuleWrittenJudge(rule) if kind == "written" else RulePairwiseJudge(rule)
+        return make_rule_judge(config, kind)
     if isinstance(asked, Endpoint):
         if kind == "written":
             return EndpointWrittenJudge(renderer, asked)
@@ -369,6 +364,16 @@ def make_judge(
     # One token is the answer.
     longest = asked.engine.max_model_len - 1
     return SelfPairwiseJudge(config, renderer, asked.next_logprobs, longest)
+
+
+def make_rule_judge(config: JudgeConfig, kind: str) -> Any:
+    """See :func:`make_judge`."""
+    rule = load_rule(config, kind)
+    if hasattr(rule, _METHODS[kind]):
+        return rule() if isinstance(rule, type) else rule
+    if kind == "written":
+        return RuleWrittenJudge(rule)
+    return RulePairwiseJudge(rule, config.tie_threshold)
 
 
 _METHODS = {"written": "judge", "pairwise": "compare"}
@@ -398,7 +403,7 @@ def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Epis
     """
     answers = [Answer(e.prompt, text, e.tools) for e in episodes for text in e.texts]
     judgments = list(judge.judge(answers))
-    check_count(judge, judgments, len(answers))
+    _check_count(judge, judgments, len(answers))
     wrong = next((j for j in judgments if not isinstance(j, str | Failed | None)), None)
     if wrong is not None:
         raise ConfigError(
@@ -422,7 +427,7 @@ def _with_noise(judgment: str | Failed | None) -> tuple[str | None, str | None]:
     return text, noise_reason(text) if text is not None else None
 
 
-def check_count(judge: object, given: Sequence[object], asked: int) -> None:
+def _check_count(judge: object, given: Sequence[object], asked: int) -> None:
     if len(given) != asked:
         raise ConfigError(
             f"judge.path: {_name(judge)} gave {len(given)} judgments for {asked}: it must give one "
@@ -435,12 +440,33 @@ def _name(judge: object) -> str:
     return getattr(rule, "__name__", type(rule).__name__)
 
 
+def compare(judge: PairwiseJudge, pairs: Sequence[Pair]) -> list[Verdict]:
+    """The verdict of each pair; a judge of the user's own that says what cannot be (scores that are
+    no numbers, a preference among equal texts) abstains.
+
+    Raises:
+        ConfigError: the judge did not give one verdict for each pair.
+    """
+    given = judge.compare(pairs)
+    _check_count(judge, given, len(pairs))
+    return [_sound(pair, seen) for pair, seen in zip(pairs, given, strict=True)]
+
+
+def _sound(pair: Pair, seen: Verdict) -> Verdict:
+    numbers = (seen.score_a, seen.score_b, seen.mass, seen.first_slot)
+    if not all(map(math.isfinite, numbers)):
+        # No mass either, as in :func:`verdict`.
+        return Verdict(0.5, 0.5, None, mass=0.0, too_long=seen.too_long, failed=seen.failed)
+    if pair.a == pair.b:
+        return replace(seen, score_a=0.5, score_b=0.5, preferred=None, probabilities=())
+    return seen
+
+
 def judge_pairs(judge: PairwiseJudge, episodes: Sequence[Episode]) -> list[Episode]:
     """Episodes in which each rollout is compared with each other one."""
     index = [(e, i, j) for e in episodes for i, j in combinations(range(len(e.texts)), 2)]
-    given = judge.compare([Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index])
-    check_count(judge, given, len(index))
-    verdicts = iter(given)
+    pairs = [Pair(e.prompt, e.texts[i], e.texts[j], e.tools) for e, i, j in index]
+    verdicts = iter(compare(judge, pairs))
     judged = []
     for episode in episodes:
         matches = tuple(combinations(range(len(episode.texts)), 2))

@@ -6,7 +6,7 @@ No files and no command line: the trainer measures its judge with the same funct
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from fastalign.episodes import Verdict
 from fastalign.intervals import DRAWS, Estimate, Ratio, bootstrap, wilson
-from fastalign.judge import Messages, Pair, PairwiseJudge, check_count, verdict
+from fastalign.judge import Pair, PairwiseJudge, compare, verdict
 
 THRESHOLDS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
 """Tie thresholds that a choice is made from."""
@@ -22,27 +22,6 @@ MOST_BINS, PAIRS_PER_BIN = 10, 10
 
 
 # ----------------------------------------------------------------------------------------- asking
-
-
-class BothOrders:
-    """A rule that is asked in both orders, as models are: ``rule(prompt_messages, a, b) -> float``.
-
-    What it says of one order counts as P(A), P(B) = 1, 0 or 0, 1, or 1/2 each for 0 and NaN, so
-    that a rule that prefers a slot is found out.
-    """
-
-    def __init__(self, rule: Callable[[Messages, str, str], float], tie: float) -> None:
-        self.rule = rule
-        self.tie = tie
-
-    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        return [self._verdict(pair) for pair in pairs]
-
-    def _verdict(self, pair: Pair) -> Verdict:
-        orders = ((pair.a, pair.b), (pair.b, pair.a))
-        lead = np.array([float(self.rule(pair.prompt, *order)) for order in orders])
-        first = (np.sign(np.nan_to_num(lead)) + 1) / 2
-        return verdict(np.stack([first, 1 - first], axis=-1)[None], self.tie)
 
 
 def compare_blind(judge: PairwiseJudge, pairs: Sequence[Pair], seed: int) -> list[Verdict]:
@@ -56,20 +35,8 @@ def compare_blind(judge: PairwiseJudge, pairs: Sequence[Pair], seed: int) -> lis
         replace(pair, a=pair.b, b=pair.a) if other else pair
         for pair, other in zip(pairs, exchanged, strict=True)
     ]
-    given = judge.compare(shown)
-    check_count(judge, given, len(shown))
-    sound = map(_sound, shown, given)
-    return [turned(seen) if other else seen for seen, other in zip(sound, exchanged, strict=True)]
-
-
-def _sound(pair: Pair, seen: Verdict) -> Verdict:
-    """A judge of the user's own may say what cannot be: scores that are no numbers, or a preference
-    among equal texts."""
-    if not all(map(math.isfinite, (seen.score_a, seen.score_b, seen.mass, seen.first_slot))):
-        return Verdict(0.5, 0.5, None, mass=0.0, failed=seen.failed)
-    if pair.a == pair.b:
-        return replace(seen, score_a=0.5, score_b=0.5, preferred=None, probabilities=())
-    return seen
+    given = compare(judge, shown)
+    return [turned(seen) if other else seen for seen, other in zip(given, exchanged, strict=True)]
 
 
 def turned(seen: Verdict) -> Verdict:

@@ -15,12 +15,11 @@ from fastalign.judge import (
     PairwiseJudge,
     load_rule,
     make_judge,
+    make_rule_judge,
 )
-from fastalign.judge_quality import BothOrders
 from fastalign.local import LocalModel, open_model
+from fastalign.model import load_tokenizer
 from fastalign.templates import JudgeWording, Renderer
-
-REPLIES = "judge-replies.jsonl"
 
 
 @dataclass(frozen=True)
@@ -29,32 +28,44 @@ class Judging:
 
     Attributes:
         rollout: the engine of a local model.
-        dtype: of another local model, as in a recipe.
+        dtype, trust_remote_code: of another local model, as in a recipe.
         max_length: most tokens of a question.
         template, chat_template_kwargs: how local models are spoken to, as a dataset's in a recipe.
-        folder: where the replies of a server are kept.
+        replies: file that keeps the replies of a server.
     """
 
     judge: JudgeConfig
     rollout: RolloutConfig
     max_length: int
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    trust_remote_code: bool = False
     template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
+    replies: Path | None = None
 
     def check(self) -> None:
         """Refuse what would fail after the models are loaded.
 
         Raises:
-            ConfigError: a rule that is not there or has principles, a server without a folder.
+            ConfigError: a rule or another model that is not there, a rule with principles.
         """
         if self.judge.type == "rule":
             load_rule(self.judge, "pairwise")
             if self.judge.principles:
                 raise ConfigError("judge.principles: a rule is asked for one verdict overall")
-        if self.judge.type == "endpoint" and self.folder is None:
-            raise ConfigError("--out is missing: the replies of a server are kept there")
+        if self.judge.type == "model":
+            with _of_judge():
+                load_tokenizer(self.other)
+
+    @property
+    def other(self) -> ModelConfig:
+        """The model that judges where it is another one."""
+        assert self.judge.model_name_or_path is not None
+        return ModelConfig(
+            model_name_or_path=self.judge.model_name_or_path,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def renderer(self, model: LocalModel) -> Renderer:
         """How a local model is spoken to, as contestant and as judge."""
@@ -96,30 +107,31 @@ def open_judge(judging: Judging, own: LocalModel | None) -> Iterator[PairwiseJud
     """
     who = judging.judge
     if who.type == "rule":
-        rule = load_rule(who, "pairwise")
-        if hasattr(rule, "compare"):
-            yield rule() if isinstance(rule, type) else rule
-        else:
-            yield BothOrders(rule, who.tie_threshold)
+        yield make_rule_judge(who, "pairwise")
     elif who.type == "endpoint":
-        assert who.endpoint is not None and judging.folder is not None
-        endpoint = Endpoint(who.endpoint, "judge", judging.folder / REPLIES)
+        assert who.endpoint is not None and judging.replies is not None
+        endpoint = Endpoint(who.endpoint, "judge", judging.replies)
         with contextlib.closing(endpoint):
             yield EndpointPairwiseJudge(who, JudgeWording(who.template), endpoint)
     elif who.type == "model":
-        assert who.model_name_or_path is not None
-        other = ModelConfig(model_name_or_path=who.model_name_or_path, dtype=judging.dtype)
         with contextlib.ExitStack() as stack:
-            try:
+            with _of_judge():
                 model = stack.enter_context(
-                    open_model(other, judging.rollout, max_model_len=judging.max_length)
+                    open_model(judging.other, judging.rollout, max_model_len=judging.max_length)
                 )
-            except ConfigError as error:
-                raise ConfigError(f"judge.{error}") from None
             yield _local(judging, model)
     else:
         assert own is not None
         yield _local(judging, own)
+
+
+@contextlib.contextmanager
+def _of_judge() -> Iterator[None]:
+    """A mistake in a model's keys, named as the judge's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"judge.{error}") from None
 
 
 def _local(judging: Judging, model: LocalModel) -> PairwiseJudge:

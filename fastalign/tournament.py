@@ -6,15 +6,14 @@ is left, in N - 1 matches and ceil(log2 N) rounds.  A round of all prompts is on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
 from fastalign.episodes import Verdict
-from fastalign.judge import Messages, Pair, PairwiseJudge, check_count
+from fastalign.judge import Messages, Pair, PairwiseJudge, compare
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ def play(
             for contest, pairings in zip(contests, meet, strict=True)
             for a, b in pairings
         ]
-        given = judge.compare(pairs)
-        check_count(judge, given, len(pairs))
-        verdicts = iter(map(_sound, pairs, given))
+        verdicts = iter(compare(judge, pairs))
         for i, pairings in enumerate(meet):
             matches = tuple(_match(a, b, next(verdicts)) for a, b in pairings)
             if matches:
@@ -158,17 +155,6 @@ def _pairings(row: list[int], order: list[int]) -> list[tuple[int, int]]:
 
 def _match(a: int, b: int, verdict: Verdict) -> Match:
     return Match(a, b, verdict, winner=b if verdict.preferred == "b" else a)
-
-
-def _sound(pair: Pair, verdict: Verdict) -> Verdict:
-    """A judge of the user's own may say what cannot be: scores that are no numbers, or a preference
-    among equal texts."""
-    if not all(map(math.isfinite, (verdict.score_a, verdict.score_b, verdict.mass))):
-        # No mass either, as in judge.verdict.
-        return Verdict(0.5, 0.5, None, mass=0.0, too_long=verdict.too_long, failed=verdict.failed)
-    if pair.a == pair.b:
-        return replace(verdict, score_a=0.5, score_b=0.5, preferred=None)
-    return verdict
 
 
 def tally(brackets: Iterable[Bracket]) -> Tally:

@@ -174,10 +174,16 @@ def test_self_judge_reads_both_orders_from_raw_logits(sharp_llama, renderer, pri
     assert len({v.score_a for v in verdicts}) == 2
 
 
+def test_a_rule_that_prefers_a_slot_decides_nothing():
+    (seen,) = judge.RulePairwiseJudge(lambda prompt, a, b: 1.0).compare([Pair(USER, "x", "y")])
+    assert (seen.preferred, seen.flipped, seen.first_slot) == (None, True, 1.0)
+
+
 def test_equal_texts_abstain_whatever_the_model_says(renderer):
     scores = np.log([[0.6, 0.1], [0.2, 0.1], [0.6, 0.2], [0.2, 0.5]])
     who = SelfPairwiseJudge(JudgeConfig(type="self"), renderer, lambda prompts, ids: scores, 1000)
-    same, other = who.compare([Pair(USER, "one", "one"), Pair(USER, "one", "two")])
+    pairs = [Pair(USER, "one", "one"), Pair(USER, "one", "two")]
+    same, other = judge.compare(who, pairs)
     assert (same.preferred, same.score_a, same.score_b) == (None, 0.5, 0.5)
     # Their decision mass is real, and no pair of equal texts hides a judge that has none.
     assert same.mass == pytest.approx((0.7 + 0.3) / 2)
@@ -277,7 +283,7 @@ def test_a_judge_that_answers_otherwise_is_named(given, message):
 
 
 def test_pairwise_rules_prefer_by_sign():
-    who = judge.RulePairwiseJudge(lambda prompt, a, b: float(a))
+    who = judge.RulePairwiseJudge(lambda prompt, a, b: float(a or 0) - float(b or 0))
     seen = who.compare([Pair(USER, a, "") for a in ("2", "-0.1", "0", "nan", "inf")])
     assert [v.preferred for v in seen] == ["a", "b", None, None, "a"]
     assert [(v.score_a, v.score_b) for v in seen[:3]] == [(1, 0), (0, 1), (0.5, 0.5)]

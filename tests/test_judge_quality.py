@@ -18,9 +18,15 @@ from transformers import AutoModelForCausalLM
 from fastalign import judge_quality
 from fastalign.config import ConfigError, JudgeConfig, RolloutConfig
 from fastalign.episodes import Episode, Verdict
-from fastalign.judge import JudgeModel, Pair, SelfPairwiseJudge, make_judge, verdict
+from fastalign.judge import (
+    JudgeModel,
+    Pair,
+    RulePairwiseJudge,
+    SelfPairwiseJudge,
+    make_judge,
+    verdict,
+)
 from fastalign.judge_quality import (
-    BothOrders,
     calibration,
     compare_blind,
     preferred,
@@ -47,7 +53,7 @@ def known_pairs(count: int = COUNT) -> list[Pair]:
 
 def measured(rule, pairs=None, seed: int = 0, **keys):
     pairs = known_pairs() if pairs is None else pairs
-    verdicts = compare_blind(BothOrders(rule, TIE), pairs, seed)
+    verdicts = compare_blind(RulePairwiseJudge(rule, TIE), pairs, seed)
     return quality(verdicts, [(len(p.a), len(p.b)) for p in pairs], tie=TIE, seed=seed, **keys)
 
 

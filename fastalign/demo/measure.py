@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.batch import make_batch
-from fastalign.config import JudgeConfig, RolloutConfig
-from fastalign.data import Example, Stream
+from fastalign.config import DatasetConfig, JudgeConfig, RolloutConfig
+from fastalign.data import Example, Stream, load_records
 from fastalign.demo.rules import SPANS, WRITTEN
 from fastalign.episodes import sampling_seed
-from fastalign.judge import Pair, SelfPairwiseJudge
+from fastalign.judge import JudgeModel, Pair, PairwiseJudge, SelfPairwiseJudge
+from fastalign.judge_quality import compare_blind, plain, quality
 from fastalign.logprobs import Policy, check_packing, probe_batch
 from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
 from fastalign.templates import Renderer
+from fastalign.tournament import Contest, play, tally
 
 MAX_NEW_TOKENS = 96
 MAX_LENGTH = 1024
@@ -191,21 +193,9 @@ def detection(
 
 
 def judge_quality(
-    engine: RolloutEngine,
-    renderer: Renderer,
-    adapter: str | None,
-    kind: str,
-    prompts: Sequence[str],
-    pairs: Sequence[Sequence[str]],
-    tie_threshold: float,
+    judge: PairwiseJudge, kind: str, prompts: Sequence[str], pairs: Sequence[Sequence[str]]
 ) -> dict[str, float]:
     """Accuracy against the rule on pairs that it can tell apart; flips and abstentions on all."""
-    judge = SelfPairwiseJudge(
-        JudgeConfig(type="self", tie_threshold=tie_threshold),
-        renderer,
-        lambda ids, tokens: engine.next_logprobs(ids, tokens, adapter),
-        engine.max_model_len - 1,
-    )
     verdicts = judge.compare(
         [Pair(_messages(p), a, b) for p, (a, b) in zip(prompts, pairs, strict=True)]
     )
@@ -224,12 +214,50 @@ def judge_quality(
     }
 
 
+def tournaments(
+    judge: PairwiseJudge,
+    kind: str,
+    prompts: Sequence[str],
+    drawn: Sequence[Sequence[str]],
+    sizes: Sequence[int],
+    renderer: Renderer,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """For each number of entrants N, of the winners among the first N answers to each prompt: what
+    :func:`answer_metrics` says, whether all entrants are flagged, and how many matches tied."""
+    results = {}
+    for size in sizes:
+        contests = [
+            Contest(_messages(prompt), answers[:size], index=i)
+            for i, (prompt, answers) in enumerate(zip(prompts, drawn, strict=True))
+        ]
+        brackets = play(judge, contests, seed)
+        winners = [c.texts[b.winner] for c, b in zip(contests, brackets, strict=True)]
+        results[str(size)] = {
+            **answer_metrics(kind, winners, renderer),
+            "all_flagged": [float(all(SPANS[kind](t) for t in c.texts)) for c in contests],
+            "ties": tally(brackets).ties,
+            "matches": tally(brackets).matches,
+        }
+    return results
+
+
+def preferences(judge: PairwiseJudge, path: str, tie_threshold: float) -> dict[str, float]:
+    """How good the judge is on the preference pairs of a file."""
+    records, _ = load_records([DatasetConfig(path=path)], strict=True, seed=0, want="preference")
+    pairs = [Pair(r.prompt, r.chosen or "", r.rejected or "") for r in records]
+    verdicts = compare_blind(judge, pairs, seed=0)
+    lengths = [(len(pair.a), len(pair.b)) for pair in pairs]
+    return plain(quality(verdicts, lengths, tie=tie_threshold))
+
+
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """Measure one model, or an adapter on it.
 
     Keys of a task: model, adapter (optional), kind, prompts, seed; samples (default 1); references
     (untouched answers to score); detect_on (answers to look for spans in, or "own") with lambda;
-    judge_pairs (answers to compare) with tie_threshold.
+    judge_pairs (answers to compare), tournaments (numbers of entrants) and preferences (a file of
+    pairs), each with tie_threshold.
     """
     model, adapter = task["model"], task.get("adapter")
     kind, prompts = task["kind"], task["prompts"]
@@ -242,16 +270,21 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         drawn = answers(engine, renderer, prompts, name, task["seed"], task.get("samples", 1))
         texts = [first for first, *_ in drawn]
         result: dict[str, Any] = {"texts": drawn, **answer_metrics(kind, texts, renderer)}
-        if "judge_pairs" in task:
-            result["judge"] = judge_quality(
-                engine,
+        if "tie_threshold" in task:
+            judge = SelfPairwiseJudge(
+                JudgeConfig(type="self", tie_threshold=task["tie_threshold"]),
                 renderer,
-                name,
-                kind,
-                prompts,
-                task["judge_pairs"],
-                task["tie_threshold"],
+                JudgeModel(engine, adapter=name).next_logprobs,
+                engine.max_model_len - 1,
             )
+        if "judge_pairs" in task:
+            result["judge"] = judge_quality(judge, kind, prompts, task["judge_pairs"])
+        if "tournaments" in task:
+            result["tournaments"] = tournaments(
+                judge, kind, prompts, drawn, task["tournaments"], renderer, task["seed"]
+            )
+        if "preferences" in task:
+            result["preferences"] = preferences(judge, task["preferences"], task["tie_threshold"])
     if "references" in task:
         scorer = Scorer(model, adapter)
         result["reference_logprob"] = reference_logprob(

@@ -187,27 +187,7 @@ class Demo:
     def self_judge(self, variant: Variant) -> dict[str, Any]:
         """JSFT on pairs that follow the rule, then on-policy training on the model's own
         judgments.  Returns as :meth:`cut` does."""
-        base = self.habit_model()
-        judge = self.train(
-            "jsft",
-            method="jsft",
-            model_name_or_path=base,
-            datasets=[
-                {"path": self.preference_rows()},
-                # Demonstrations with the habit: the policy is to lose it by judging itself.
-                {
-                    "path": str(self.folder / "habit-sft.jsonl"),
-                    "max_samples": DEMONSTRATIONS,
-                },
-            ],
-            jsft={"demonstrations": False},
-            learning_rate=8e-4,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_ratio=0.05,
-            num_train_epochs=1.6,
-            global_batch_size=8,
-            **LORA,
-        )
+        base, judge = self.judge_model()
         recipe: dict[str, Any] = {
             "method": "dpo",
             "model_name_or_path": base,
@@ -232,8 +212,11 @@ class Demo:
             "warmup_ratio": 0.1,
             "global_batch_size": 8,
             **LORA,
-            **variant.changes,
         }
+        for key, value in variant.changes.items():
+            set_key(recipe, key, value)
+        if recipe["online"] is None:
+            recipe["datasets"] = [{"path": self.preference_rows()}]
         name = slug(variant.name)
         if variant != JUDGE_VARIANTS[0]:
             recipe["max_steps"] = self.budget("self-judge")["updates"]
@@ -257,6 +240,60 @@ class Demo:
             )
         }
         return {"seed": self.seed, **measured, **self.facts(name)}
+
+    def judge_model(self) -> tuple[str, str]:
+        """The model with the habit, and the adapter that makes it a judge of the habit."""
+        base = self.habit_model()
+        judge = self.train(
+            "jsft",
+            method="jsft",
+            model_name_or_path=base,
+            datasets=[
+                {"path": self.preference_rows()},
+                # Demonstrations with the habit: the policy is to lose it by judging itself.
+                {
+                    "path": str(self.folder / "habit-sft.jsonl"),
+                    "max_samples": DEMONSTRATIONS,
+                },
+            ],
+            jsft={"demonstrations": False},
+            learning_rate=8e-4,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_ratio=0.05,
+            num_train_epochs=1.6,
+            global_batch_size=8,
+            **LORA,
+        )
+        return base, judge
+
+    def self_rejection(self, entrants: Sequence[int]) -> dict[str, Any]:
+        """The answers of the judge's model to held-out prompts, chosen by tournaments between so
+        many of them."""
+        base, judge = self.judge_model()
+        return self.measure(
+            "self-rejection",
+            kind="habit",
+            model=base,
+            adapter=judge,
+            prompts=self.held_out,
+            samples=max(entrants),
+            tournaments=list(entrants),
+            tie_threshold=TIE,
+        )
+
+    def judge_quality(self, name: str, pairs: str, adapter: str | None) -> dict[str, Any]:
+        """How good a judge SmolLM2, or an adapter on it, is on a file of preference pairs."""
+        task: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
+        measured = self.measure(
+            name,
+            kind="natural",
+            model=self.smollm,
+            prompts=[],
+            preferences=pairs,
+            tie_threshold=0.0,
+            **task,
+        )
+        return measured["preferences"]
 
     def preference_rows(self) -> str:
         """Pairs of two different answers, one of them with an empty opening, which the rule
