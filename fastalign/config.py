@@ -305,6 +305,11 @@ class Config(ModelConfig):
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Held-out share of `datasets` when `eval_datasets` is empty."
     )
+    judge_datasets: tuple[DatasetConfig, ...] = Field(
+        (),
+        description="Preference pairs that a pairwise judge of rollouts is measured on, at the "
+        "start and whenever it is another one.",
+    )
     max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
     strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
     shuffle: bool = True

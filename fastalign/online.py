@@ -18,13 +18,15 @@ from fastalign.batch import make_batch
 from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
 from fastalign.endpoint import Endpoint, JudgeError
-from fastalign.episodes import Episode, drift, rollout_metrics, sampling_seed
+from fastalign.episodes import Episode, Verdict, drift, rollout_metrics, sampling_seed
+from fastalign.judge_quality import compare_blind, quality
 from fastalign.methods.base import plain_prompt
 from fastalign.model import POLICY, REFERENCE, TrainedModel
 from fastalign.rollout import EngineError, RolloutEngine, SamplingSettings
 from fastalign.run import Run
 from fastalign.templates import Renderer
 
+SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
 BASE_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
@@ -129,11 +131,13 @@ def collect(
     config, engine = run.config, run.engine
     assert engine is not None
     timings: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if config.judge is not None:
         with _timed(timings, "time/judge"):
             run.tracker.phase("judge")
             asked = run.asked.get("judge")
             judging = asked.engine if isinstance(asked, judge.JudgeModel) else engine
+            measured = measure_judge(run)
             with _prefix_cached(timings, "judge/prefix_cached", judging):
                 episodes = [run.method.choose(e) for e in judge_episodes(run, episodes)]
     engine.sleep()
@@ -157,7 +161,7 @@ def collect(
         figures |= {f"judge/{name}": value for name, value in asked.figures().items()}
     examples = [x for e in episodes for x in run.method.from_episode(e, run.renderers[e.dataset])]
     examples = run.method.select(examples, config.seed + round_index)
-    return examples, timings | figures | rollout_metrics(episodes, config.max_length) | {
+    return examples, timings | measured | figures | rollout_metrics(episodes, config.max_length) | {
         "rollout/examples": float(len(examples)),
         "rollout/logprob_gap_mean": gap_mean,
         "rollout/logprob_gap_p99": gap_p99,
@@ -231,6 +235,42 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
                 comparer = judge.make_judge(run.config.judge, "pairwise", renderer, asked)
                 judged += compare(run, comparer, part)
     return judged
+
+
+def measure_judge(run: Run) -> dict[str, float]:
+    """How good the judge is on the recipe's ``judge_datasets``, unless it is the one that was
+    measured last; collective."""
+    who = run.config.judge
+    assert who is not None
+    follows = who.type == "self" and who.model == "policy"
+    version = run.version if follows else run.model.reference_version
+    if not run.judge_pairs or run.judge_measured == version:
+        return {}
+    run.judge_measured = version
+    mine = run.judge_pairs[run.rank :: run.world_size]
+    seen: list[tuple[Verdict, tuple[int, int]]] = []
+    with awake_judge(run, "judge") as asked:
+        for dataset, renderer in enumerate(run.renderers):
+            pairs = [
+                judge.Pair(r.prompt, r.chosen or "", r.rejected or "", r.tools)
+                for r in mine
+                if r.dataset == dataset
+            ]
+            comparer = judge.make_judge(who, "pairwise", renderer, asked)
+            verdicts = compare_blind(comparer, pairs, run.config.seed)
+            lengths = [(len(pair.a), len(pair.b)) for pair in pairs]
+            seen += zip(verdicts, lengths, strict=True)
+    everything = [x for part in _gather_objects(seen) for x in part]
+    found = quality(
+        [verdict for verdict, _ in everything],
+        [lengths for _, lengths in everything],
+        tie=who.tie_threshold,
+    )
+    figures = found.figures()
+    check_decision_mass(who, "judge", figures.get("mass", 1.0))
+    shown = "  ".join(f"{k} {figures[k]:.3f}" for k in SHOWN_OF_JUDGE if k in figures)
+    run.tracker.say(f"judge on {found.pairs} pairs: {shown}")
+    return {f"judge_quality/{name}": value for name, value in figures.items()}
 
 
 def compare(run: Run, judging: judge.PairwiseJudge, episodes: list[Episode]) -> list[Episode]:

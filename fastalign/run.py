@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import Config
+from fastalign.data import Record
 from fastalign.endpoint import Endpoint
 from fastalign.judge import JudgeModel
 from fastalign.methods import Method, Metrics
@@ -27,6 +28,7 @@ class Run:
     """What the steps of a run share.
 
     ``asked``: the server or the model beside the policy that judges, by the recipe's section;
+    ``judge_pairs``: what that judge is measured on, and ``judge_measured`` its version when it was;
     ``reference_pushed``: which version of the reference adapter the engine holds.
     """
 
@@ -40,9 +42,11 @@ class Run:
     rank: int
     world_size: int
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
+    judge_pairs: Sequence[Record] = ()
     version: int = 0
     base_logprobs: np.ndarray | None = None
     reference_pushed: int | None = None
+    judge_measured: int | None = None
 
     @cached_property
     def operations(self) -> Operations:

@@ -109,6 +109,8 @@ def train(config: Config) -> dict[str, float]:
     eval_renderers = make_renderers(config, tokenizer, config.eval_judge)
     judge_renderers = _model_judges(config, method)
     records, held_out, data_lines = load_data(config, method)
+    judge_pairs, judge_lines = load_judge_pairs(config)
+    data_lines += judge_lines
     if config.online is None:
         data_lines += token_lines([*records, *held_out], renderers)
     rounds = plan_rounds(config, method, records, renderers)
@@ -142,7 +144,17 @@ def train(config: Config) -> dict[str, float]:
             )
         model = build_model(config, device=device, needs_reference=needs_reference)
         run = Run(
-            config, method, tokenizer, model, engine, renderers, tracker, rank, world_size, asked
+            config,
+            method,
+            tokenizer,
+            model,
+            engine,
+            renderers,
+            tracker,
+            rank,
+            world_size,
+            asked,
+            judge_pairs,
         )
         check_start(run)
         pending = checkpoint.Pending()
@@ -255,14 +267,27 @@ def make_renderers(
     judge: JudgeConfig | None,
     kind: JudgeKind | None = "pairwise",
 ) -> list[Renderer]:
-    """One for each dataset and then each eval dataset, for each may have its own template;
+    """One for each dataset, then each of evaluation and of the judge, for each may have its own
+    template;
     ``judge`` is who reads what they render for it, ``kind`` what it is asked for."""
     return [
         make_renderer(
             config, tokenizer, judge, kind, dataset.template, dataset.chat_template_kwargs
         )
-        for dataset in (*config.datasets, *config.eval_datasets)
+        for dataset in (*config.datasets, *config.eval_datasets, *config.judge_datasets)
     ]
+
+
+def load_judge_pairs(config: Config) -> tuple[list[Record], list[str]]:
+    """The pairs that the judge is measured on, and what to tell of them."""
+    if not config.judge_datasets:
+        return [], []
+    records, report = load_records(
+        config.judge_datasets, strict=config.strict, seed=config.seed, want="preference"
+    )
+    first = len(config.datasets) + len(config.eval_datasets)
+    records = [replace(record, dataset=first + record.dataset) for record in records]
+    return records, [f"judge: {line}" for line in report.lines()]
 
 
 def token_lines(records: Sequence[Record], renderers: Sequence[Renderer]) -> list[str]:

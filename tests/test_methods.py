@@ -921,6 +921,11 @@ def test_unknown_and_unfit_methods_are_refused_by_name():
         if kind.judge_kind == "pairwise":
             with pytest.raises(ConfigError, match=f"num_generations is 1: .* '{name}' compares"):
                 method(name, **ONLINE | {"online": {}})
+        elif kind.online_wants is not None:
+            pairs = {"judge_datasets": [{"path": "p.jsonl"}], "online": {}}
+            judges = {} if kind.judge_kind is None else {"judge": {"path": "a:b"}}
+            with pytest.raises(ConfigError, match=f"judge_datasets is set, but .* '{name}' has no"):
+                method(name, **pairs, **judges)
         if not kind.wants:
             with pytest.raises(ConfigError, match=f"'{name}' learns from its own rollouts alone"):
                 method(name)

@@ -889,6 +889,8 @@ def test_the_policy_becomes_reference_and_judge(sharp_llama, tmp_path, rule, mon
     elif kind == "lora":
         keys |= LORA
     sizes = keys["online"] | {"rounds_per_reference": 1}
+    known = rows("preference", 7, seed=5)
+    keys["judge_datasets"] = [{"path": str(write_rows(tmp_path / "known.jsonl", known))}]
     first = recipe(
         "dpo", sharp_llama, tmp_path / "first", **keys | {"online": sizes | {"iterations": 1}}
     )
@@ -910,6 +912,24 @@ def test_the_policy_becomes_reference_and_judge(sharp_llama, tmp_path, rule, mon
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
             judged += 1
     assert judged > 3
+    # The judge was measured once as it started, and once as it became another.
+    scores = [
+        reference_scores(
+            model,
+            seen["renderer"],
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "completions": [row["chosen"], row["rejected"]],
+            },
+            0,
+            1,
+        )
+        for row in known
+    ]
+    before, after = logged(both, "judge_quality/accuracy")
+    assert after["judge_quality/accuracy"] == pytest.approx(np.mean([a > b for a, b in scores]))
+    assert before["judge_quality/pairs"] == after["judge_quality/pairs"] == 7.0
+    assert before["judge_quality/mass"] != after["judge_quality/mass"]
     # At the first step of each round policy and reference are one.
     steps = logged(both, "rewards/margins")
     assert len(steps) == 4

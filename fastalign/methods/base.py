@@ -123,6 +123,11 @@ class BaseMethod:
                 f"online.num_generations is {config.online.num_generations}: {name} compares "
                 "answers and needs at least 2 samples per prompt"
             )
+        if config.judge_datasets and (config.online is None or self.judge_kind != "pairwise"):
+            raise ConfigError(
+                f"judge_datasets is set, but {name} has no judge that compares answers here: "
+                "remove it"
+            )
 
     def rollout_prompt(self, record: Record, renderer: Renderer) -> np.ndarray:
         return plain_prompt(record, renderer)
