@@ -253,7 +253,10 @@ class RsoConfig(_Strict):
     """Statistical rejection sampling (RSO, arXiv 2309.06657)."""
 
     beta: PositiveFloat = Field(
-        0.5, description="Temperature of acceptance: a lower one takes fewer samples."
+        0.5, description="Temperature of acceptance: a lower one takes the best samples."
+    )
+    num_samples: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Accepted of each prompt's samples, then paired; null: half, at least 2."
     )
 
 
@@ -397,6 +400,8 @@ class Config(ModelConfig):
             raise ValueError("cut.align_p, align_n and misalign are all false: nothing is trained")
         if self.online is not None and self.online.fresh_adapter and not self.use_peft:
             raise ValueError("online.fresh_adapter is true but use_peft is false: set it to true")
+        if self.online is not None:
+            _check_online(self.method, self.online, self.eval_judge)
         if self.online is not None and self.online.fresh_adapter and self.refreshes:
             raise ValueError(
                 f"online.rounds_per_reference is {self.online.rounds_per_reference} and "
@@ -422,6 +427,24 @@ class Config(ModelConfig):
         if self.eval_judge is not None and self.eval_judge == self.judge:
             raise ValueError("eval_judge is the training judge: another one has to measure it")
         return self
+
+
+def _check_online(method: str, online: OnlineConfig, eval_judge: JudgeConfig | None) -> None:
+    if online.pairs == "all" and method != "dpo" and ":" not in method:
+        raise ValueError(f"online.pairs is 'all' with method {method!r}: it is a setting of 'dpo'")
+    moves = online.rounds_per_reference
+    if moves is None:
+        return
+    if online.iterations is not None and moves >= online.iterations:
+        raise ValueError(
+            f"online.rounds_per_reference is {moves} in {online.iterations} iterations: the "
+            "reference would never move; take fewer, or leave it out"
+        )
+    if eval_judge is not None and (eval_judge.type, eval_judge.model) == ("self", "reference"):
+        raise ValueError(
+            "eval_judge is the reference, which online.rounds_per_reference moves: win rates would "
+            "be measured by another judge each time; name a judge that stays"
+        )
 
 
 def _check_judge(key: str, who: JudgeConfig) -> None:

@@ -290,7 +290,12 @@ def _load(
             answers = (
                 [_Answer(*item)]
                 if targets == ("prompt",)
-                else _answers(*item, seed, ranked="judged" not in targets)
+                else _answers(
+                    *item,
+                    seed,
+                    ranked="judged" not in targets,
+                    imitated=targets[:1] in (("completion",), ("messages",)),
+                )
             )
         except RowError as error:
             if strict:
@@ -474,14 +479,19 @@ class _Answer:
 
 
 def _answers(
-    source: str, values: dict[str, Any], seed: int = 0, *, ranked: bool = False
+    source: str,
+    values: dict[str, Any],
+    seed: int = 0,
+    *,
+    ranked: bool = False,
+    imitated: bool = False,
 ) -> list[_Answer]:
     """A row as it stands; one of an episode log as a row for each completion, or where it is
-    ``ranked`` and a judge has compared them, for each pair or winner that was trained on; one of
-    UltraFeedback as a pair."""
+    ``ranked`` and a judge has compared them, for each pair or winner that was trained on
+    (``imitated``: each chosen completion once); one of UltraFeedback as a pair."""
     if {"prompt", "completions", "token_ids"} <= values.keys():
         if ranked and values.get("verdicts") is not None:
-            return _ranked_answers(_Row(source, values))
+            return _ranked_answers(_Row(source, values), imitated)
         return _sampled_answers(source, values)
     if {"instruction", "completions"} <= values.keys() and not values.keys() & {"output", "chosen"}:
         return [_rated_pair(_Row(source, values), seed)]
@@ -522,7 +532,7 @@ def _sampled_answers(source: str, values: dict[str, Any]) -> list[_Answer]:
 UNDECIDED = "verdicts: the judge placed none above another"
 
 
-def _ranked_answers(row: _Row) -> list[_Answer]:
+def _ranked_answers(row: _Row, imitated: bool) -> list[_Answer]:
     """The pairs of an episode, or without any the answers that were kept of it."""
     completions = _column(row, "completions", None)
     token_ids = _column(row, "token_ids", len(completions))
@@ -536,10 +546,14 @@ def _ranked_answers(row: _Row) -> list[_Answer]:
         raise row.error(name, value, right, "out of range")
 
     answers = []
+    shown: list[int] = []
     for number, pair in enumerate(_column(row, "pairs", None)):
         if not isinstance(pair, list) or len(pair) != 2:
             raise row.error(f"pairs[{number}]", pair, "want [chosen, rejected]", "wrong type")
         chosen, rejected = (place(f"pairs[{number}]", i) for i in pair)
+        if imitated:
+            shown.append(chosen)
+            continue
         own = {
             "chosen": completions[chosen],
             "rejected": completions[rejected],
@@ -548,9 +562,10 @@ def _ranked_answers(row: _Row) -> list[_Answer]:
         }
         answers.append(_Answer(f"{row.source}[{number}]", common | own))
     if not answers:
-        for i in _column(row, "kept", None):
-            own = {"completion": completions[place("kept", i)], "token_ids": token_ids[i]}
-            answers.append(_Answer(f"{row.source}[{i}]", common | own))
+        shown += [place("kept", i) for i in _column(row, "kept", None)]
+    for i in dict.fromkeys(shown):
+        own = {"completion": completions[i], "token_ids": token_ids[i]}
+        answers.append(_Answer(f"{row.source}[{i}]", common | own))
     return answers or [_Answer(row.source, common, UNDECIDED)]
 
 

@@ -157,7 +157,8 @@ class Endpoint:
         finally:
             pool.shutdown(cancel_futures=True)
         replies = [self._reply(name, failures) for name in hashes]
-        if replies and all(reply.text is None for reply in replies):
+        # One that never answered is set up wrongly; later failures are the caller's to count.
+        if replies and not self._texts:
             refused = [isinstance(e, self._openai.BadRequestError) for e in failures.values()]
             if refused and all(refused):
                 raise ConfigError(f"{self._where} refuses: {replies[0].failure}")

@@ -64,7 +64,7 @@ class Episode:
         matches: which two rollouts each of ``verdicts`` compares, a and b (pairwise judges).
         pairs: rollouts that the method trains on as (chosen, rejected).
         winner: of a tournament between the rollouts.
-        kept: rollouts that the method imitates (ReST, RAFT, RSO's accepted ones).
+        kept: rollouts that the method imitates (ReST, RAFT).
     """
 
     index: int

@@ -161,7 +161,7 @@ class Evaluator:
         wins = [{"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in given]
         return {
             "win_rate": total(torch.tensor(wins)),
-            "judge_mass": total(torch.tensor([verdict.mass for verdict in given])),
+            "judge_mass": total(torch.tensor([v.mass for v in given if not v.too_long])),
             "judge_failed": total(torch.tensor([float(verdict.failed) for verdict in verdicts])),
         }
 

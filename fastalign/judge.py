@@ -76,10 +76,11 @@ class RuleWrittenJudge:
 
 
 class RulePairwiseJudge:
-    """``rule(prompt_messages, a, b) -> float``: above 0 prefers a, below 0 b, 0 or NaN neither.
+    """``rule(prompt_messages, a, b) -> float``: above 0 prefers a, below 0 b, 0 neither.
 
     It is asked in both orders, as models are: what it says of one counts as P(A), P(B) = 1, 0 or
-    0, 1, or 1/2 each, so that a rule that prefers a slot decides nothing.
+    0, 1, or 1/2 each, so that a rule that prefers a slot decides nothing.  NaN in either order
+    decides nothing too.
     """
 
     def __init__(self, rule: Callable[[Messages, str, str], float], tie: float = 0.0) -> None:
@@ -92,7 +93,9 @@ class RulePairwiseJudge:
     def _verdict(self, pair: Pair) -> Verdict:
         orders = ((pair.a, pair.b), (pair.b, pair.a))
         lead = np.array([float(self.rule(pair.prompt, *order)) for order in orders])
-        first = (np.sign(np.nan_to_num(lead)) + 1) / 2
+        if np.isnan(lead).any():
+            return Verdict(0.5, 0.5, None)
+        first = (np.sign(lead) + 1) / 2
         return verdict(np.stack([first, 1 - first], axis=-1)[None], self.tie)
 
 

@@ -27,14 +27,14 @@ from fastalign.run import Run
 from fastalign.templates import Renderer
 
 SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
-BASE_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
+FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
 def wake(run: Run) -> None:
     """Wake the engine and give it the current weights, and the reference's where they are new.
 
-    Under LoRA only the adapter travels, so the base has to outlive every sleep: its log-probs on a
-    fixed prompt are what they were when the run started.
+    Under LoRA only the policy's adapter travels, so the base and the reference's adapter have to
+    outlive every sleep: their log-probs on a fixed prompt are what they were when they came.
 
     Raises:
         EngineError: they are not.
@@ -45,17 +45,19 @@ def wake(run: Run) -> None:
     if not run.model.uses_adapter:
         return
     _push_reference(run)
-    prompt, tokens = BASE_PROBE
-    now = run.engine.next_logprobs([prompt], tokens)
-    if run.base_logprobs is None:
-        run.base_logprobs = now
-    # The same call on the same weights: what may differ is the order of a few additions.
-    change = float(np.abs(now - run.base_logprobs).mean())
-    if not change <= 0.02:
-        raise EngineError(
-            f"the base weights did not survive the engine's sleep: log-probs on a fixed prompt "
-            f"moved by {change:.3g} on average"
-        )
+    prompt, tokens = FROZEN_PROBE
+    # The base alone, and the adapter on it that stays.
+    for name in (None, REFERENCE) if run.model.has_reference_adapter else (None,):
+        now = run.engine.next_logprobs([prompt], tokens, name)
+        before = run.frozen_logprobs.setdefault(name, now)
+        # The same call on the same weights: what may differ is the order of a few additions.
+        change = float(np.abs(now - before).mean())
+        if not change <= 0.02:
+            what = "base weights" if name is None else "reference adapter"
+            raise EngineError(
+                f"the {what} did not survive the engine's sleep: log-probs on a fixed prompt "
+                f"moved by {change:.3g} on average"
+            )
 
 
 def _push_reference(run: Run) -> None:
@@ -70,6 +72,7 @@ def _push_reference(run: Run) -> None:
         model.reference_version,
     )
     run.reference_pushed = model.reference_version
+    run.frozen_logprobs.pop(REFERENCE, None)
 
 
 def push_weights(run: Run) -> None:
@@ -131,13 +134,11 @@ def collect(
     config, engine = run.config, run.engine
     assert engine is not None
     timings: dict[str, float] = {}
-    measured: dict[str, float] = {}
     if config.judge is not None:
         with _timed(timings, "time/judge"):
             run.tracker.phase("judge")
             asked = run.asked.get("judge")
             judging = asked.engine if isinstance(asked, judge.JudgeModel) else engine
-            measured = measure_judge(run)
             with _prefix_cached(timings, "judge/prefix_cached", judging):
                 episodes = [run.method.choose(e) for e in judge_episodes(run, episodes)]
     engine.sleep()
@@ -161,7 +162,7 @@ def collect(
         figures |= {f"judge/{name}": value for name, value in asked.figures().items()}
     examples = [x for e in episodes for x in run.method.from_episode(e, run.renderers[e.dataset])]
     examples = run.method.select(examples, config.seed + round_index)
-    return examples, timings | measured | figures | rollout_metrics(episodes, config.max_length) | {
+    return examples, timings | figures | rollout_metrics(episodes, config.max_length) | {
         "rollout/examples": float(len(examples)),
         "rollout/logprob_gap_mean": gap_mean,
         "rollout/logprob_gap_p99": gap_p99,
@@ -239,13 +240,24 @@ def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
 
 def measure_judge(run: Run) -> dict[str, float]:
     """How good the judge is on the recipe's ``judge_datasets``, unless it is the one that was
-    measured last; collective."""
+    measured last; collective.  The engine has to be synced before it is used again.
+
+    Raises:
+        ConfigError: none of the pairs could be judged, or the model does not answer as a judge.
+        BudgetSpent: on all ranks, when the judge may not be asked any more.
+    """
     who = run.config.judge
-    assert who is not None
-    follows = who.type == "self" and who.model == "policy"
-    version = run.version if follows else run.model.reference_version
-    if not run.judge_pairs or run.judge_measured == version:
+    if who is None or not run.judge_pairs:
         return {}
+    version = 0
+    if who.type == "self":
+        version = run.version if who.model == "policy" else run.model.reference_version
+    if run.judge_measured == version:
+        return {}
+    run.tracker.phase("judge")
+    if who.type == "self":
+        wake(run)
+        version = run.version if who.model == "policy" else version
     run.judge_measured = version
     mine = run.judge_pairs[run.rank :: run.world_size]
     seen: list[tuple[Verdict, tuple[int, int]]] = []
@@ -265,11 +277,18 @@ def measure_judge(run: Run) -> dict[str, float]:
         [verdict for verdict, _ in everything],
         [lengths for _, lengths in everything],
         tie=who.tie_threshold,
+        # Intervals are not shown here.
+        draws=1,
     )
+    if not found.pairs:
+        raise ConfigError(
+            f"judge_datasets: none of {len(everything)} pairs could be judged: {found.too_long} "
+            f"too long for the judge, {found.failed} without an answer"
+        )
     figures = found.figures()
     check_decision_mass(who, "judge", figures.get("mass", 1.0))
     shown = "  ".join(f"{k} {figures[k]:.3f}" for k in SHOWN_OF_JUDGE if k in figures)
-    run.tracker.say(f"judge on {found.pairs} pairs: {shown}")
+    run.tracker.say(f"judge on {found.pairs} of {len(everything)} pairs: {shown}")
     return {f"judge_quality/{name}": value for name, value in figures.items()}
 
 

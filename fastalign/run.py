@@ -44,7 +44,7 @@ class Run:
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
     judge_pairs: Sequence[Record] = ()
     version: int = 0
-    base_logprobs: np.ndarray | None = None
+    frozen_logprobs: dict[str | None, np.ndarray] = field(default_factory=dict)
     reference_pushed: int | None = None
     judge_measured: int | None = None
 

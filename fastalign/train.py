@@ -58,7 +58,7 @@ from fastalign.model import (
     resolve_adapter,
     resolve_dtype,
 )
-from fastalign.online import collect, draw, push_weights, wake
+from fastalign.online import collect, draw, measure_judge, push_weights, wake
 from fastalign.rollout import (
     EngineError,
     RolloutEngine,
@@ -323,7 +323,11 @@ def make_examples(
     drops = Drops()
     for record in records:
         with dropping(config, record, drops):
-            examples += method.from_record(record, renderers[record.dataset])
+            try:
+                examples += method.from_record(record, renderers[record.dataset])
+            except Dropped as dropped:
+                examples += dropped.kept
+                raise
     if records and not examples:
         raise ConfigError("no record can be trained on: " + "; ".join(drops.lines()))
     return examples, drops
@@ -625,6 +629,8 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
         trainer_logprobs=lambda: _trainer_next_logprobs(model, words, tokens),
     )
     model.engine.train()
+    # A run that is resumed within a round trains before it samples.
+    engine.sleep()
     _, why = choose_engine(run.config.rollout)
     run.tracker.say(
         f"rollouts by {engine.name} ({why}): weight sync proven by content and by canary"
@@ -733,10 +739,14 @@ def new_round(
 ) -> tuple[list[Example], dict[str, float]]:
     """Examples of the current model's answers to new prompts, or to those it has ``drawn`` already
     before the run was paused."""
-    timings: dict[str, float] = {}
     episodes = drawn
+    with _pausing(run, position, checkpoint.Pending(episodes=drawn)):
+        timings = measure_judge(run)
     if episodes is None:
-        episodes, timings = draw(run, rounds.prompts, position.round)
+        episodes, drawing = draw(run, rounds.prompts, position.round)
+        timings |= drawing
+    else:
+        wake(run)
     with _pausing(run, position, checkpoint.Pending(episodes=episodes)):
         examples, collected = collect(run, episodes, position.round)
     collected |= timings

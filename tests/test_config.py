@@ -106,6 +106,17 @@ def test_defaults_and_types():
          "R: online.fresh_adapter is true but use_peft is false: set it to true"),
         ({"adapter_name_or_path": "x"},
          "R: adapter_name_or_path is set but use_peft is false: set it to true"),
+        ({"online": {"pairs": "all"}},
+         "R: online.pairs is 'all' with method 'cut': it is a setting of 'dpo'"),
+        ({"online": {"iterations": 2, "rounds_per_reference": 2}},
+         "R: online.rounds_per_reference is 2 in 2 iterations: the reference would never move; "
+         "take fewer, or leave it out"),
+        ({"online": {"rounds_per_reference": 1}, "eval_judge": {"type": "self"}},
+         "R: eval_judge is the reference, which online.rounds_per_reference moves: win rates would "
+         "be measured by another judge each time; name a judge that stays"),
+        ({"online": {"rounds_per_reference": 1, "fresh_adapter": True}, "use_peft": True},
+         "R: online.rounds_per_reference is 1 and online.fresh_adapter is true: a reference that "
+         "moves on needs a policy that does; leave one of them out"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"},
          "R: label_smoothing is 0.1 with loss_type 'ipo': it is defined for 'sigmoid' alone"),
         ({"early_stopping_patience": 2}, "R: early_stopping_patience needs metric_for_best_model"),

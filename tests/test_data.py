@@ -150,8 +150,9 @@ def test_a_compared_episode_is_a_row_for_each_pair(tmp_path):
     assert {r.sampled_rejected for r in records} == {Sampled((1, 2), (6,))}
     assert all(r.tools == ({"name": "f"},) and r.weight == 0.5 for r in records)
     assert report.dropped == {"verdicts: the judge placed none above another": 1}
-    # The chosen one of each pair is a demonstration.
-    shown = load(path, ("completion", "messages"))[0]
+    # What was chosen is a demonstration, once.
+    often = {**RANKED, "pairs": [[0, 2], [1, 2], [0, 1]]}
+    shown = load(write(tmp_path / "o.jsonl", [often]), ("completion", "messages"))[0]
     assert [(r.completion, r.sampled) for r in shown] == [
         ("one", Sampled((1, 2), (3, 4))),
         ("two", Sampled((1, 2), (5,))),

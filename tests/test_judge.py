@@ -179,6 +179,13 @@ def test_a_rule_that_prefers_a_slot_decides_nothing():
     assert (seen.preferred, seen.flipped, seen.first_slot) == (None, True, 1.0)
 
 
+@pytest.mark.parametrize("unknown", ["x", "y"])
+def test_a_rule_that_fails_in_one_order_decides_nothing(unknown):
+    rule = judge.RulePairwiseJudge(lambda prompt, a, b: float("nan") if a == unknown else 1.0)
+    (seen,) = rule.compare([Pair(USER, "x", "y")])
+    assert (seen.preferred, seen.score_a, seen.score_b) == (None, 0.5, 0.5)
+
+
 def test_equal_texts_abstain_whatever_the_model_says(renderer):
     scores = np.log([[0.6, 0.1], [0.2, 0.1], [0.6, 0.2], [0.2, 0.5]])
     who = SelfPairwiseJudge(JudgeConfig(type="self"), renderer, lambda prompts, ids: scores, 1000)

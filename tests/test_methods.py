@@ -23,6 +23,7 @@ from fastalign.data import Comparison, Example, Record, RowError, Sampled
 from fastalign.episodes import Episode, Verdict, rollout_metrics
 from fastalign.methods import METHODS, make_method
 from fastalign.methods.base import Dropped
+from fastalign.methods.self_training import log_odds
 from fastalign.model import load_tokenizer
 from fastalign.rollout import Rollout
 from fastalign.run import reduce_metrics
@@ -493,34 +494,81 @@ def test_raft_imitates_the_winner(renderer):
     assert answer_of(example.streams[0]) == [ord("x")] * 3
 
 
-def test_rso_accepts_by_reward_and_pairs_what_it_accepted():
-    """Acceptance of a sample over many prompts is exp((r - max r) / beta), and every pair is one of
-    accepted samples, the better one chosen, no sample twice."""
-    rso = method("rso", rso={"beta": 0.7}, **ONLINE)
-    texts = ("x", "xx", "xxx", "xxxx")
+def test_rso_accepts_as_the_paper_does():
+    """Over many prompts the first accepted sample is one with probability proportional to its
+    chance in a pass, in the order of the samples, and every pair is of accepted ones."""
+    rso = method("rso", rso={"beta": 0.7, "num_samples": 2}, **ONLINE)
+    texts = ("x", "xxx", "xx", "xxxx")
     seen = judged_by(len, *texts)
     counts = np.zeros(4)
     draws = 4000
     for index in range(draws):
         chosen = rso.choose(replace(seen, index=index))
-        counts[list(chosen.kept)] += 1
-        used = [i for pair in chosen.pairs for i in pair]
-        assert set(used) <= set(chosen.kept) and len(used) == len(set(used))
-        assert len(chosen.pairs) == len(chosen.kept) // 2
-        assert all(a > b for a, b in chosen.pairs)
+        (pair,) = chosen.pairs
+        assert len(texts[pair[0]]) > len(texts[pair[1]])
+        counts[list(pair)] += 1
         assert rso.choose(replace(seen, index=index)) == chosen
-    # The mean over the others of the gap in length.
-    reward = np.array([np.mean([i - j for j in range(4) if j != i]) for i in range(4)])
-    expected = np.exp((reward - reward.max()) / 0.7)
+    # Worked out pass by pass: accept in order until two are there, the best one always in a pass.
+    length = np.array([len(text) for text in texts], dtype=float)
+    expected = np.zeros(4)
+
+    def accept(left: tuple[int, ...], taken: tuple[int, ...], p: float) -> None:
+        chance = np.exp((length - length[list(left)].max()) / 0.7)
+
+        def walk(k: int, taken: tuple[int, ...], p: float) -> None:
+            if len(taken) == 2:
+                expected[list(taken)] += p
+            elif k == len(left):
+                accept(tuple(i for i in left if i not in taken), taken, p)
+            else:
+                walk(k + 1, (*taken, left[k]), p * chance[left[k]])
+                if chance[left[k]] < 1:
+                    walk(k + 1, taken, p * (1 - chance[left[k]]))
+
+        walk(0, taken, p)
+
+    accept((0, 1, 2, 3), (), 1.0)
+    assert expected.sum() == pytest.approx(2.0)
     assert np.abs(counts / draws - expected).max() < 4 * np.sqrt(0.25 / draws)
 
 
-def test_a_certain_judge_gives_rso_a_finite_reward():
+def test_rso_rewards_are_those_of_a_logistic_judge():
+    rewards = np.array([0.3, -1.0, 2.0, 0.0])
+    seen = judged_by(lambda text: rewards[int(text)], "0", "1", "2", "3")
+    assert log_odds(seen) == pytest.approx(rewards - rewards.mean())
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(2, 1), (3, 1), (4, 1), (8, 2)])
+def test_rso_learns_from_a_judge_that_is_certain(samples, expected):
     rso = method("rso", **ONLINE)
-    seen = replace(judged_by(len, "x", "xx"), verdicts=(Verdict(0.0, 1.0, "b"),))
-    assert rso.choose(seen).kept == (1,)
-    nothing = replace(seen, verdicts=(Verdict(0.0, 0.0, None),))
-    assert rso.choose(nothing).kept == (0, 1)
+    assert rso.examples_per_prompt(samples) == expected
+    texts = ["x" * n for n in range(1, samples + 1)]
+    chosen = rso.choose(judged_by(lambda text: 100.0 * len(text), *texts))
+    assert len(chosen.pairs) == expected
+    assert all(a > b for a, b in chosen.pairs)
+    # The best samples, of which each is beaten by the better ones alone.
+    assert {i for pair in chosen.pairs for i in pair} == set(range(samples)) - set(
+        range(samples - 2 * expected)
+    )
+
+
+def test_a_pair_that_nobody_decided_is_none():
+    """Best and worst of a circle, and of one whose own match failed."""
+    dpo = method("dpo", **ONLINE | {"online": {"num_generations": 3}})
+    texts = ("a", "b", "c")
+    a, b = Verdict(0.9, 0.1, "a"), Verdict(0.1, 0.9, "b")
+    matches = ((0, 1), (0, 2), (1, 2))
+    failed = episode(texts, matches=matches, verdicts=(a, replace(a, preferred=None), a))
+    assert failed.points().tolist() == [1, 0, -1] and dpo.choose(failed).pairs == ()
+    four = episode(
+        ("a", "b", "c", "d"),
+        matches=tuple(combinations(range(4), 2)),
+        # 3 beats 0, which beats everybody else, and loses to 1 and 2, which tie.
+        verdicts=(a, a, b, Verdict(0.5, 0.5, None), a, a),
+    )
+    best, worst = int(four.points().argmax()), int(four.points().argmin())
+    assert (best, worst) == (0, 3) and (3, 0) in four.preferences()
+    assert dpo.choose(four).pairs == ()
 
 
 def test_rollouts_that_do_not_fit_are_left_out_not_fatal(renderer):

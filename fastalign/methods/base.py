@@ -22,7 +22,12 @@ Metrics = dict[str, torch.Tensor]
 
 
 class Dropped(Exception):
-    """A record that cannot be trained on; the message is the reason that is counted."""
+    """A record that cannot be trained on, or not on all of it; the message is the reason that is
+    counted, ``kept`` what remains."""
+
+    def __init__(self, reason: str, kept: Sequence[Example] = ()) -> None:
+        super().__init__(reason)
+        self.kept = kept
 
 
 class Method(Protocol):

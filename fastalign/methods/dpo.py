@@ -48,14 +48,13 @@ class Dpo(BaseMethod):
 
     def choose(self, episode: Episode) -> Episode:
         """Best against worst by wins, or every decided pair (``online.pairs``); none where the
-        judge abstained or best and worst are level."""
+        judge abstained between those two or preferred the other way round."""
         assert self.config.online is not None
         if self.config.online.pairs == "all":
             return replace(episode, pairs=tuple(episode.preferences()))
         points = episode.points()
-        best, worst = int(points.argmax()), int(points.argmin())
-        level = points[best] == points[worst]
-        return replace(episode, pairs=() if level else ((best, worst),))
+        pair = int(points.argmax()), int(points.argmin())
+        return replace(episode, pairs=(pair,) if pair in episode.preferences() else ())
 
     def examples_per_prompt(self, samples: int) -> int:
         assert self.config.online is not None

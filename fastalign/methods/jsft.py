@@ -12,7 +12,7 @@ import torch
 from fastalign.batch import Batch
 from fastalign.config import JudgeConfig
 from fastalign.data import Comparison, Example, Record, Stream
-from fastalign.methods.base import Dropped, Metrics, role_mean, total
+from fastalign.methods.base import Dropped, Metrics, as_sampled, role_mean, total
 from fastalign.methods.sft import Likelihood
 from fastalign.templates import Renderer
 
@@ -44,12 +44,18 @@ class Jsft(Likelihood):
         assert record.chosen is not None and record.rejected is not None
         examples = []
         if self.config.jsft.demonstrations:
-            shown = renderer.completion(
+            shown = as_sampled(record, renderer) or renderer.completion(
                 record.prompt, record.chosen, tools=record.tools, source=record.source
             )
             examples.append(self.demonstration(record, *shown))
+        unfit = None
         for comparison in self.comparisons(record):
-            examples += self.judgments(record, comparison, renderer)
+            try:
+                examples += list(self.judgments(record, comparison, renderer))
+            except Dropped as reason:
+                unfit = str(reason)
+        if unfit is not None:
+            raise Dropped(unfit, examples)
         if not examples:
             raise Dropped("nothing is compared, and demonstrations are off")
         return examples

@@ -20,29 +20,44 @@ LEAST_SHARE = 1e-4
 
 
 class Rso(Dpo):
-    """Statistical rejection sampling optimisation (arXiv 2309.06657): of n samples those are
-    accepted that look as if the optimal policy had drawn them, accepted ones are paired at random,
-    and the pair's verdict labels it.
+    """Statistical rejection sampling optimisation (arXiv 2309.06657): some of n samples are
+    accepted as if the optimal policy had drawn them, accepted ones are paired at random, and the
+    pair's verdict labels it.
 
-    The reward of a sample is the mean log-odds of the judge that it beats another one (the paper's
-    section 3.3 has one opponent, here all n - 1), and it is accepted with probability
-    exp((r - max r) / beta) (algorithm 1), so that the best one always is.
+    The reward of a sample is the judge's log-odds for it, less their mean over the samples (the
+    paper's section 3.3 has one opponent, here all n).
     """
 
     wants: Kind | tuple[Kind, ...] = ()
 
     def choose(self, episode: Episode) -> Episode:
         rng = np.random.default_rng((self.config.seed, episode.index))
-        rewards = log_odds(episode)
-        chance = np.exp((rewards - rewards.max()) / self.config.rso.beta)
-        accepted = np.flatnonzero(rng.random(len(rewards)) < chance)
-        order = rng.permutation(accepted).tolist()
+        order = self.accept(log_odds(episode), rng)
+        order = [order[i] for i in rng.permutation(len(order))]
         drawn = {frozenset(pair) for pair in zip(order[::2], order[1::2], strict=False)}
         pairs = tuple(p for p in episode.preferences() if frozenset(p) in drawn)
-        return replace(episode, kept=tuple(accepted.tolist()), pairs=pairs)
+        return replace(episode, pairs=pairs)
+
+    def accept(self, rewards: np.ndarray, rng: np.random.Generator) -> list[int]:
+        """Algorithm 1 of the paper: pass after pass over the samples that are left, each accepted
+        with probability exp((r - max r) / beta), until there are enough."""
+        left, accepted = list(range(len(rewards))), list[int]()
+        while len(accepted) < self.accepted_of(len(rewards)):
+            best = rewards[left].max()
+            for i in list(left):
+                if rng.random() < np.exp((rewards[i] - best) / self.config.rso.beta):
+                    left.remove(i)
+                    accepted.append(i)
+                    if len(accepted) == self.accepted_of(len(rewards)):
+                        break
+        return accepted
+
+    def accepted_of(self, samples: int) -> int:
+        """How many of so many samples are accepted."""
+        return min(samples, self.config.rso.num_samples or max(2, samples // 2))
 
     def examples_per_prompt(self, samples: int) -> int:
-        return samples // 2
+        return self.accepted_of(samples) // 2
 
 
 class Rest(Sft):
@@ -89,11 +104,13 @@ class Raft(Rest):
 
 
 def log_odds(episode: Episode) -> np.ndarray:
-    """Mean over the others of log s / (1 - s), s being the judge's share for a sample, [R]."""
+    """Mean of log s / (1 - s) over all samples, s being the judge's share for one against another
+    and 1/2 against itself, [R]: where s is a logistic function of the difference of two rewards,
+    these are the rewards less their mean."""
     rewards = np.zeros(len(episode.rollouts))
     for (a, b), seen in zip(episode.matches, episode.verdicts, strict=True):
         both = seen.score_a + seen.score_b
         share = float(np.clip(seen.score_a / both, LEAST_SHARE, 1 - LEAST_SHARE)) if both else 0.5
         rewards[a] += np.log(share / (1 - share))
         rewards[b] -= np.log(share / (1 - share))
-    return rewards / (len(rewards) - 1)
+    return rewards / len(rewards)
