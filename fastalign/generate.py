@@ -7,6 +7,7 @@ wrote them choose one by a knockout tournament (:mod:`fastalign.tournament`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -45,6 +46,7 @@ UNDECISIVE: dict[str, Any] = {
     "min_decision_mass": True,
     "endpoint": set(EndpointConfig.model_fields) - DECIDES,
 }
+LARGE = 1 << 20
 ITSELF = JudgeConfig(type="self")
 # Nothing shares a GPU with it but another model that judges.
 ALONE = RolloutConfig(gpu_memory_utilization=0.9)
@@ -123,7 +125,26 @@ class Settings:
             kept["template"] = self.template
         if self.chat_template_kwargs:
             kept["chat_template_kwargs"] = dict(self.chat_template_kwargs)
+        kept["files"] = self.files()
         return self.model.model_dump(mode="json", exclude_defaults=True) | kept
+
+
+    def files(self) -> str:
+        """A hash of what lies behind the paths of the settings: a model that was trained again
+        under its old name is another one.  Of large files size and age stand for the content."""
+        named = [self.model.model_name_or_path, self.model.adapter_name_or_path, self.template]
+        if self.best_of > 1:
+            rule = (self.judge.path or "").rpartition(":")[0]
+            named += [self.judge.model_name_or_path, self.judge.template, rule]
+        digest = hashlib.sha256()
+        for path in (Path(name) for name in named if name):
+            files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+            for file in (file for file in files if file.is_file()):
+                about = file.stat()
+                digest.update(f"{file.name} {about.st_size} ".encode())
+                large = about.st_size > LARGE
+                digest.update(str(about.st_mtime_ns).encode() if large else file.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -487,6 +508,11 @@ def _check_row(where: str, line: bytes, record: Record, made_with: Mapping[str, 
         )
     now = json.loads(json.dumps(made_with))
     for name in [*now, *then]:
+        if name == "files" and then.get(name) != now.get(name):
+            raise ConfigError(
+                f"{where}: model, adapter, template or judge had other files behind the same "
+                "names when it was made: take another name for the answers"
+            )
         if then.get(name) != now.get(name):
             raise ConfigError(
                 f"{where}: was made with {name} = {then.get(name)!r}, now it is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +345,19 @@ def test_a_killed_run_loses_only_what_it_was_at(desk):
     assert desk.out.read_bytes().startswith(before)
     straight = desk(*options, out=desk.folder / "straight.jsonl")
     assert read(desk.out) == straight
+
+
+def test_a_model_that_was_trained_again_is_another_one(desk, sharp_llama, other_llama, capsys):
+    model = shutil.copytree(sharp_llama, desk.folder / "model")
+    options = ["--model", model]
+    desk(*options)
+    begun = desk.out.read_bytes().splitlines(keepends=True)[0]
+    desk.out.write_bytes(begun)
+    shutil.copy(other_llama / "model.safetensors", model)
+    capsys.readouterr()
+    assert main(desk.arguments(*options)) == 2
+    assert "had other files behind the same names" in capsys.readouterr().err
+    assert desk.out.read_bytes() == begun
 
 
 # ------------------------------------------------------------------------------- users' mistakes

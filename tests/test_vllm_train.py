@@ -54,6 +54,11 @@ def keys_of(name: str, folder: Path, adapter: Path, other: Path) -> tuple[str, d
             "eval_datasets": [{"path": str(held_out)}],
             "eval_steps": 100,
         }
+    if judge == "self":
+        # The second round is judged by what the first one made.
+        known = write_rows(folder / "known.jsonl", rows("preference", 5, seed=4))
+        keys["online"] = keys["online"] | {"rounds_per_reference": 1}
+        keys["judge_datasets"] = [{"path": str(known)}]
     if kind == "lora":
         keys |= LORA
         if judge == "self":
@@ -176,6 +181,18 @@ def test_another_model_measures_in_an_engine_of_its_own(suite):
     scores = [x for x in metrics_of(out) if "eval/win_rate" in x]
     assert len(scores) == 2 and scores[0]["eval/win_rate"] == 0.5
     assert all(0 < x["eval/judge_mass"] < 1 for x in scores)
+
+
+@pytest.mark.parametrize("name", ["self-lora", "self-full"])
+def test_the_judge_moves_on_in_the_engine(suite, name):
+    suite.result(name)
+    lines = metrics_of(Path(suite.config(name).output_dir))
+    first, second = (x for x in lines if "judge_quality/mass" in x)
+    assert first["judge_quality/pairs"] == second["judge_quality/pairs"] == 5
+    assert abs(first["judge_quality/mass"] - second["judge_quality/mass"]) > 1e-5
+    if name == "self-lora":
+        # Both orders of a pair begin alike; whole blocks of such beginnings are computed once.
+        assert all(0 <= x["judge/prefix_cached"] < 1 for x in lines if "rollout/examples" in x)
 
 
 @pytest.mark.parametrize("name", WITHHELD)
