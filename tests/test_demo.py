@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support import write_rows
 from transformers import AutoTokenizer
 
 from fastalign import cli
 from fastalign.config import RolloutConfig, parse_config
-from fastalign.demo import ablation, experiment, measure, run
+from fastalign.demo import ablation, experiment, judging, measure, run
 from fastalign.demo.prompts import demo_prompts
 from fastalign.demo.rules import (
     OPENINGS,
@@ -29,7 +30,8 @@ from fastalign.demo.rules import (
     opening_spans,
     prefer_by_coin,
 )
-from fastalign.judge import Answer
+from fastalign.judge import Answer, RulePairwiseJudge
+from fastalign.methods import make_method
 from fastalign.rollout import make_engine
 from fastalign.templates import Renderer
 
@@ -342,6 +344,55 @@ def test_every_variant_of_the_ablation_is_a_recipe_of_its_own():
         configs.append(parse_config(recipe))
     assert len({config.model_dump_json() for config in configs}) == len(configs) == 6
     assert configs[0] == parse_config(tree)
+
+
+def test_every_variant_of_judging_is_a_recipe_of_its_own():
+    tree = {"method": "dpo", "model_name_or_path": "m", "output_dir": "o", "use_peft": True}
+    tree |= {"datasets": [{"path": "d.jsonl"}], "judge": {"type": "self", "model": "reference"}}
+    tree["online"] = dict(judging.ON_POLICY)
+    configs = {}
+    for variant in judging.VARIANTS:
+        recipe = copy.deepcopy(tree)
+        for key, value in variant.changes.items():
+            run.set_key(recipe, key, value)
+        configs[variant.name] = parse_config(recipe)
+        make_method(configs[variant.name])
+    assert len({c.model_dump_json() for c in configs.values()}) == len(configs) == 8
+    sizes = [c.online for c in configs.values() if c.online is not None]
+    sampled = {(s.iterations or 1) * s.prompts_per_iteration * s.num_generations for s in sizes}
+    # Every run samples as many answers.
+    assert sampled == {320}
+
+
+def test_tournaments_are_measured_on_the_first_n(tokenizer, monkeypatch):
+    """A judge that is right leaves the habit only where every entrant has it."""
+    renderer = Renderer(tokenizer)
+    right = RulePairwiseJudge(lambda _, a, b: bool(opening_spans(b)) - bool(opening_spans(a)))
+    habit, clean = "Great question! It is.", "It is."
+    drawn = [[habit, clean, habit, habit], [habit, habit, habit, clean], [habit] * 4]
+    found = measure.tournaments(right, "habit", ["p", "q", "r"], drawn, (1, 2, 4), renderer, 0)
+    assert found["1"]["flagged"] == found["1"]["all_flagged"] == [1.0, 1.0, 1.0]
+    assert found["2"]["flagged"] == found["2"]["all_flagged"] == [0.0, 1.0, 1.0]
+    assert found["4"]["flagged"] == found["4"]["all_flagged"] == [0.0, 0.0, 1.0]
+    assert [found[n]["matches"] for n in "124"] == [0, 3, 9]
+    # The pair of the second prompt and all three matches of the third one.
+    assert found["2"]["ties"] == 2 and found["4"]["ties"] >= 3
+    seeds = [{"tournaments": found}] * 2
+    monkeypatch.setattr(judging, "ENTRANTS", (1, 2, 4))
+    table = judging.self_rejection([0, 1], seeds)
+    assert table["2"]["flagged"][0] == pytest.approx(2 / 3)
+    assert table["2"]["seeds"][1] == {"seed": 1, "flagged": pytest.approx(2 / 3), "ties": 2}
+
+
+def test_preferences_are_measured(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a" * (i + 2), "rejected": "a"} for i in range(6)]
+    rows[0] |= {"chosen": "a", "rejected": "aaa"}
+    path = write_rows(tmp_path / "p.jsonl", rows)
+    longer = RulePairwiseJudge(lambda _, a, b: len(a) - len(b))
+    found = measure.preferences(longer, str(path), 0.0)
+    assert found["pairs"] == 6
+    assert found["overall"]["accuracy"]["value"] == pytest.approx(5 / 6)
+    assert found["overall"]["prefers_longer"]["value"] == 1.0
 
 
 def test_preferences_follow_the_rule(tmp_path, monkeypatch):
