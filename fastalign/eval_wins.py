@@ -17,7 +17,6 @@ from fastalign.data import (
     Drops,
     Record,
     RowError,
-    _answers,
     _read_rows,
     _record,
     _Row,
@@ -261,17 +260,18 @@ def _read_answers(path: str, drops: Drops) -> list[Record]:
     empty: list[Record] = []
     reasons: list[str] = []
     for item in _read_rows(dataset):
-        # What is wrong with a row is said where all are read.
-        with contextlib.suppress(RowError):
-            for answer in [] if isinstance(item, RowError) else _answers(*item, ranked=True):
-                places[answer.source] = len(places)
-                alpaca = "instruction" in answer.values and "completion" not in answer.values
-                name = "output" if alpaca else "completion"
-                text = answer.values.get(name)
-                if answer.unfit is None and isinstance(text, str) and not text.strip():
-                    prompt = _record(_Row(answer.source, answer.values), "prompt", 0)
-                    empty.append(replace(prompt, kind="completion", completion=text))
-                    reasons.append(f"{name}: empty")
+        if isinstance(item, RowError):
+            continue
+        source, values = item
+        places[source] = len(places)
+        name = "output" if "instruction" in values and "completion" not in values else "completion"
+        text = values.get(name)
+        if isinstance(text, str) and not text.strip():
+            # What is wrong with its prompt is said where all rows are read.
+            with contextlib.suppress(RowError):
+                prompt = _record(_Row(source, values), "prompt", 0)
+                empty.append(replace(prompt, kind="completion", completion=text))
+                reasons.append(f"{name}: empty")
     if empty and len(empty) == len(places):
         return empty
     records, report = load_records([dataset], strict=False, seed=0, want="completion")
@@ -280,7 +280,13 @@ def _read_answers(path: str, drops: Drops) -> list[Record]:
         left_out.counts[reason] -= 1
     left_out.counts = {reason: count for reason, count in left_out.counts.items() if count}
     _join(drops, left_out)
-    return sorted([*records, *empty], key=lambda record: places[record.source])
+
+    def place(record: Record) -> int:
+        # An answer of an episode has its number behind the row's source.
+        row = record.source if record.source in places else record.source.rpartition("[")[0]
+        return places[row]
+
+    return sorted([*records, *empty], key=place)
 
 
 def _sampled(
