@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -240,12 +241,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    judge = _judge_of_matches(arguments.judge, tuple(arguments.principle))
-    share = arguments.gpu_memory_utilization
-    if share is None:
-        share = 0.4 if judge.type == "model" else 0.9
-    if not 0 < share <= 1:
-        raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
+    judge, rollout = _judge_and_engine(arguments, beside_another=0.4)
 
     from fastalign.endpoint import BudgetSpent, JudgeError
     from fastalign.generate import Settings, answer_file
@@ -265,7 +261,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         template=arguments.template,
         chat_template_kwargs=arguments.chat_template_kwargs,
-        rollout=RolloutConfig(engine=arguments.engine, gpu_memory_utilization=share),
+        rollout=rollout,
         batch_size=arguments.batch_size,
     )
     try:
@@ -285,13 +281,25 @@ def _generate(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _judge_of_matches(name: str, principles: tuple[str, ...]) -> JudgeConfig:
+def _judge_and_engine(
+    arguments: argparse.Namespace, *, beside_another: float
+) -> tuple[JudgeConfig, RolloutConfig]:
+    """Who judges, and the engine of local models: by default it takes 0.9 of the GPU's memory, or
+    ``beside_another`` where another model judges."""
+    name, principles = arguments.judge or "self", tuple(arguments.principle or ())
     judge = JudgeConfig(type="self") if name == "self" else load_judge(name)
     if principles and judge.type == "rule":
         raise ConfigError(f"--principle: the judge of {name} is a rule, which is told of none")
     if principles and judge.principles:
         raise ConfigError(f"--principle: {name} has principles already: name them in one place")
-    return judge.model_copy(update={"principles": principles}) if principles else judge
+    if principles:
+        judge = judge.model_copy(update={"principles": principles})
+    share = arguments.gpu_memory_utilization
+    if share is None:
+        share = beside_another if judge.type == "model" else 0.9
+    if not 0 < share <= 1:
+        raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
+    return judge, RolloutConfig(engine=arguments.engine or "auto", gpu_memory_utilization=share)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -419,17 +427,17 @@ def _add_eval(commands: Any) -> None:
     judging = evaluate.add_argument_group("with --pairs and --against").add_argument
     judging("--judge", metavar="self|FILE", help="default: self, the model; or a YAML file")
     judging("--principle", action="append", metavar="TEXT", help="judge by it; may be repeated")
-    judging("--template", help="how a model is spoken to, as a dataset's in a recipe")
+    judging("--template", help="of the model, as a dataset's in a recipe")
     judging("--chat-template-kwargs", type=_json_object, metavar="JSON", help="for that template")
     judging("--engine", choices=("auto", "vllm", "hf"), help="of local models")
-    judging("--gpu-memory-utilization", type=float, metavar="F", help="of vLLM; default: 0.4")
+    judging("--gpu-memory-utilization", type=float, metavar="F", help="of vLLM; default: 0.9")
     wins = evaluate.add_argument_group("with --against").add_argument
     wins("--prompts", metavar="FILE", help="default: those of the file of answers")
     wins("--answers", metavar="FILE", help="stored answers in place of the model's own")
     wins("--against-adapter", metavar="FOLDER", help="LoRA adapter on the other model")
-    wins("--max-tokens", type=_whole_number(1), metavar="N", help="of an answer; default: 256")
-    wins("--temperature", type=float, metavar="T", help="default: 0, the most probable tokens")
-    wins("--top-p", type=float, metavar="P", help="default: 1")
+    wins("--max-tokens", type=_whole_number(1), metavar="N", help="of an answer; default: 768")
+    wins("--temperature", type=float, metavar="T", help="default: 1; 0: greedy")
+    wins("--top-p", type=float, metavar="P", help="default: 0.9")
     tasks = evaluate.add_argument_group("with --tasks").add_argument
     tasks("--include-path", action="append", metavar="FOLDER", help="tasks of yours")
     tasks("--num-fewshot", type=_whole_number(0), metavar="N", help="default: the task's")
@@ -444,6 +452,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and mode not in owners:
             belongs = " and ".join(f"--{owner}" for owner in owners)
             raise ConfigError(f"--{name.replace('_', '-')} goes with {belongs}, not with --{mode}")
+
+    if arguments.out is not None:
+        _check_folder(Path(arguments.out))
 
     from transformers.utils import logging as transformers_logging
 
@@ -465,6 +476,17 @@ def _eval(arguments: argparse.Namespace) -> int:
         return PAUSED
 
 
+def _check_folder(folder: Path) -> None:
+    """Make the folder of the results before anything is spent on them."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "is no folder" if folder.is_file() else error.strerror or str(error)
+        raise ConfigError(f"--out = {str(folder)!r}: {reason}") from None
+
+
 def _model(arguments: argparse.Namespace, name: str | None, adapter: str | None) -> Any:
     """The model of that name, or None without one."""
     from fastalign.config import ModelConfig
@@ -477,21 +499,15 @@ def _model(arguments: argparse.Namespace, name: str | None, adapter: str | None)
 
 
 def _judging(arguments: argparse.Namespace) -> Any:
-    from fastalign.config import JudgeConfig, RolloutConfig, load_judge
     from fastalign.judging import Judging
 
-    own = arguments.judge in (None, "self")
-    who = JudgeConfig(type="self") if own else load_judge(arguments.judge)
-    if arguments.principle:
-        who = who.model_copy(update={"principles": tuple(arguments.principle)})
-    share = 0.4 if arguments.gpu_memory_utilization is None else arguments.gpu_memory_utilization
-    if not 0 < share <= 1:
-        raise ConfigError(f"--gpu-memory-utilization = {share}: want a share above 0, at most 1")
+    # One engine is open at a time.
+    who, rollout = _judge_and_engine(arguments, beside_another=0.9)
     if who.type == "endpoint" and not arguments.out:
         raise ConfigError("--out is missing: the replies of a server are kept there")
     return Judging(
         judge=who,
-        rollout=RolloutConfig(engine=arguments.engine or "auto", gpu_memory_utilization=share),
+        rollout=rollout,
         max_length=arguments.max_length or 4096,
         dtype=arguments.dtype,
         template=arguments.template,
@@ -503,6 +519,12 @@ def _judging(arguments: argparse.Namespace) -> Any:
 def _eval_pairs(arguments: argparse.Namespace) -> int:
     from fastalign import eval_pairs
 
+    for name in ("template", "chat_template_kwargs"):
+        if getattr(arguments, name) is not None and arguments.judge not in (None, "self"):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says how the model itself is spoken to: the judge of "
+                f"{arguments.judge} is not asked in it"
+            )
     settings = eval_pairs.Settings(
         path=arguments.pairs,
         judging=_judging(arguments),
@@ -522,15 +544,19 @@ def _eval_pairs(arguments: argparse.Namespace) -> int:
 
 def _eval_against(arguments: argparse.Namespace) -> int:
     from fastalign import eval_wins
+    from fastalign.generate import Settings as Answering
     from fastalign.rollout import SamplingSettings
 
     stored = Path(arguments.against).is_file()
     if stored and arguments.against_adapter is not None:
         raise ConfigError(f"--against-adapter: {arguments.against} is a file of answers, no model")
-    temperature = 0.0 if arguments.temperature is None else arguments.temperature
-    top_p = 1.0 if arguments.top_p is None else arguments.top_p
+    temperature, top_p = arguments.temperature, arguments.top_p
     try:
-        sampling = SamplingSettings(arguments.max_tokens or 256, temperature, top_p)
+        sampling = SamplingSettings(
+            arguments.max_tokens or Answering.max_tokens,
+            Answering.temperature if temperature is None else temperature,
+            Answering.top_p if top_p is None else top_p,
+        )
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     other = None if stored else arguments.against

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastalign import __version__
-from fastalign.config import ConfigError, DatasetConfig, ModelConfig
+from fastalign.config import ConfigError, DatasetConfig, JudgeConfig, ModelConfig
 from fastalign.data import DataReport, Record, load_records
 from fastalign.episodes import Verdict
 from fastalign.intervals import Estimate
@@ -26,7 +26,7 @@ from fastalign.judging import Judging, open_judge
 from fastalign.local import LocalModel, open_model
 from fastalign.templates import principle_name
 
-REPORT, PLOT, PAIRS = "report.json", "reliability.png", "pairs.jsonl"
+REPORT, PLOT, PAIRS = "judge-report.json", "reliability.png", "judge-pairs.jsonl"
 # Pairs of one call of the judge: enough for an engine, few enough to see that it goes on.
 CHUNK = 128
 
@@ -227,7 +227,7 @@ def _thresholds_table(found: Quality) -> Table:
 
 def notes(measured: Measured) -> list[str]:
     """What the tables do not say by themselves."""
-    found, who = measured.quality, measured.settings.judging.judge
+    found = measured.quality
     lines = []
     if any(row.tie == found.tie for row in found.thresholds):
         lines.append("* the judge's own tie_threshold")
@@ -237,15 +237,20 @@ def notes(measured: Measured) -> list[str]:
             f"calibration error of the margin {ece.ece:.3f}: a calibrated judge stays below "
             f"{ece.ece_limit:.3f} on as many pairs, 95 times in 100"
         )
-    mass = found.overall["mass"]
-    if who.type != "rule" and mass.defined and mass.value < who.min_decision_mass:
-        lines.append(
-            f"P(A) + P(B) is below min_decision_mass = {who.min_decision_mass}: a run would refuse "
-            "this judge; train it with method: jsft first"
-        )
+    lines += too_little_mass(measured.settings.judging.judge, found.overall["mass"])
     if measured.settings.judging.replies is not None and not can_draw():
         lines.append(f"{PLOT} needs matplotlib: pip install 'fastalign[eval]'")
     return lines
+
+
+def too_little_mass(who: JudgeConfig, mass: Estimate) -> list[str]:
+    """That a run would refuse the judge, or nothing."""
+    if who.type == "rule" or not mass.defined or mass.value >= who.min_decision_mass:
+        return []
+    return [
+        f"P(A) + P(B) is below min_decision_mass = {who.min_decision_mass}: a run would refuse "
+        "this judge; train it with method: jsft first"
+    ]
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,24 @@ from rich.console import Console
 
 from fastalign import __version__
 from fastalign.config import ConfigError, DatasetConfig, ModelConfig
-from fastalign.data import Drops, Record, load_records
+from fastalign.data import (
+    Drops,
+    Record,
+    RowError,
+    _read_rows,
+    _record,
+    _Row,
+    load_records,
+)
 from fastalign.episodes import Verdict, sampling_seed
-from fastalign.eval_pairs import ask, asked, estimates_table, prompt_key, write_texts
+from fastalign.eval_pairs import (
+    ask,
+    asked,
+    estimates_table,
+    prompt_key,
+    too_little_mass,
+    write_texts,
+)
 from fastalign.judge import Pair
 from fastalign.judge_quality import plain
 from fastalign.judging import Judging, named, open_judge
@@ -23,7 +38,7 @@ from fastalign.local import LocalModel, open_model
 from fastalign.rollout import SamplingSettings
 from fastalign.win_rate import RIDGE, WinRate, win_rate
 
-REPORT, PAIRS = "report.json", "pairs.jsonl"
+REPORT, PAIRS = "wins-report.json", "wins.jsonl"
 
 ROWS = {
     "win_rate": "win rate, abstentions counting half",
@@ -96,14 +111,27 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """A contestant's answer to each prompt, None where it has none, and how many were cut at the
+    most tokens of an answer; None where that is not known, because they were stored."""
+
+    texts: tuple[str | None, ...]
+    cut: int | None = None
+
+
+@dataclass(frozen=True)
 class Played:
-    """Both answers to each prompt, the verdicts (a is the first contestant), and what follows."""
+    """Both answers to each prompt, the verdicts (a is the first contestant), and what follows.
+
+    ``cut``: how many answers of each contestant were cut, see :class:`Answers`.
+    """
 
     settings: Settings
     pairs: tuple[Pair, ...]
     sources: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     result: WinRate
+    cut: tuple[int | None, int | None]
     drops: Drops
 
     def report(self) -> dict[str, Any]:
@@ -120,6 +148,7 @@ class Played:
             "prompts": settings.prompts,
             "left_out": self.drops.counts,
             "sampling": plain(settings.sampling),
+            "cut_at_max_tokens": dict(zip(("contestant", "against"), self.cut, strict=True)),
             "max_samples": settings.max_samples,
             "seed": settings.seed,
             "ridge": RIDGE,
@@ -143,7 +172,7 @@ def play(settings: Settings) -> Played:
     second = _stored(settings.against_answers, prompts, drops)
     if second is None:
         with _opened(settings, _given(settings.against)) as other:
-            second = _answers(settings, other, prompts, drops)
+            second = _sampled(settings, other, prompts, drops)
     first = _stored(settings.answers, prompts, drops)
     with contextlib.ExitStack() as stack:
         own: LocalModel | None = None
@@ -151,16 +180,18 @@ def play(settings: Settings) -> Played:
             own = stack.enter_context(_opened(settings, _given(settings.model)))
         if first is None:
             assert own is not None
-            first = _answers(settings, own, prompts, drops)
+            first = _sampled(settings, own, prompts, drops)
         if own is not None and settings.judging.judge.type != "self":
             stack.close()
             own = None
         judge = stack.enter_context(open_judge(settings.judging, own))
-        both = [i for i in range(len(prompts)) if first[i] is not None and second[i] is not None]
+        texts = list(zip(first.texts, second.texts, strict=True))
+        both = [i for i, (a, b) in enumerate(texts) if a is not None and b is not None]
         if not both:
             raise ConfigError(f"no prompt has two answers: {'; '.join(drops.lines())}")
         pairs = [
-            Pair(prompts[i].prompt, first[i] or "", second[i] or "", prompts[i].tools) for i in both
+            Pair(prompts[i].prompt, texts[i][0] or "", texts[i][1] or "", prompts[i].tools)
+            for i in both
         ]
         verdicts = ask(judge, pairs, settings.seed)
     result = win_rate(
@@ -170,7 +201,8 @@ def play(settings: Settings) -> Played:
         seed=settings.seed,
     )
     sources = tuple(prompts[i].source for i in both)
-    return Played(settings, tuple(pairs), sources, tuple(verdicts), result, drops)
+    cut = (first.cut, second.cut)
+    return Played(settings, tuple(pairs), sources, tuple(verdicts), result, cut, drops)
 
 
 def _given(model: ModelConfig | None) -> ModelConfig:
@@ -200,17 +232,13 @@ def _join(drops: Drops, others: Drops) -> None:
         drops.first.setdefault(reason, others.first[reason])
 
 
-def _stored(path: str | None, prompts: Sequence[Record], drops: Drops) -> list[str | None] | None:
-    """The file's answer to each prompt, None where it has none; the k-th answer to a prompt that
-    the data has more than once goes to the k-th time.  None without a file."""
+def _stored(path: str | None, prompts: Sequence[Record], drops: Drops) -> Answers | None:
+    """The file's answer to each prompt; the k-th answer to a prompt that the data has more than
+    once goes to the k-th time.  None without a file."""
     if path is None:
         return None
-    records, report = load_records(
-        [DatasetConfig(path=path)], strict=False, seed=0, want="completion"
-    )
-    _join(drops, report.sources[0].drops)
     waiting: dict[str, list[str]] = {}
-    for record in reversed(records):
+    for record in reversed(_read_answers(path, drops)):
         waiting.setdefault(prompt_key(record), []).append(record.completion or "")
     found: list[str | None] = []
     for prompt in prompts:
@@ -218,22 +246,63 @@ def _stored(path: str | None, prompts: Sequence[Record], drops: Drops) -> list[s
         found.append(answers.pop() if answers else None)
         if found[-1] is None:
             drops.add(f"no answer in {path}", prompt.source)
-    return found
+    return Answers(tuple(found))
 
 
-def _answers(
+def _read_answers(path: str, drops: Drops) -> list[Record]:
+    """Prompts with their answers in the order of the file.
+
+    Empty ones stay: who says nothing loses, as a model that is asked here.  Data for training
+    leave them out, so they are read beside the others.
+    """
+    dataset = DatasetConfig(path=path)
+    places: dict[str, int] = {}
+    empty: list[Record] = []
+    reasons: list[str] = []
+    for item in _read_rows(dataset):
+        if isinstance(item, RowError):
+            continue
+        source, values = item
+        places[source] = len(places)
+        name = "output" if "instruction" in values and "completion" not in values else "completion"
+        text = values.get(name)
+        if isinstance(text, str) and not text.strip():
+            # What is wrong with its prompt is said where all rows are read.
+            with contextlib.suppress(RowError):
+                prompt = _record(_Row(source, values), "prompt", 0)
+                empty.append(replace(prompt, kind="completion", completion=text))
+                reasons.append(f"{name}: empty")
+    if empty and len(empty) == len(places):
+        return empty
+    records, report = load_records([dataset], strict=False, seed=0, want="completion")
+    left_out = report.sources[0].drops
+    for reason in reasons:
+        left_out.counts[reason] -= 1
+    left_out.counts = {reason: count for reason, count in left_out.counts.items() if count}
+    _join(drops, left_out)
+
+    def place(record: Record) -> int:
+        # An answer of an episode has its number behind the row's source.
+        row = record.source if record.source in places else record.source.rpartition("[")[0]
+        return places[row]
+
+    return sorted([*records, *empty], key=place)
+
+
+def _sampled(
     settings: Settings, model: LocalModel, prompts: Sequence[Record], drops: Drops
-) -> list[str | None]:
-    """The model's answer to each prompt, None where the prompt leaves no room for one."""
+) -> Answers:
+    """The model's answers; none where the prompt leaves no room for one."""
     renderer = settings.judging.renderer(model)
-    sampling = SamplingSettings(
-        settings.sampling.max_new_tokens,
-        settings.sampling.temperature,
-        settings.sampling.top_p,
-        tuple(sorted(renderer.eos_ids)),
-    )
+    most = settings.sampling.max_new_tokens
+    room = model.context - most
+    if room < 1:
+        raise ConfigError(
+            f"--max-tokens = {most}: {named(model.config)} has room for {model.context} tokens of "
+            "prompt and answer together: ask for fewer"
+        )
+    sampling = replace(settings.sampling, stop_token_ids=tuple(sorted(renderer.eos_ids)))
     ids = [renderer.prompt_ids(record.prompt, record.tools) for record in prompts]
-    room = model.context - sampling.max_new_tokens
     fits = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
     for i in sorted(set(range(len(ids))) - set(fits)):
         drops.add(f"prompt: longer than {room} tokens", prompts[i].source)
@@ -243,10 +312,10 @@ def _answers(
         [sampling_seed(settings.seed, 0, i, 0) for i in fits],
         model.adapter,
     )
-    answers: list[str | None] = [None] * len(prompts)
+    texts: list[str | None] = [None] * len(prompts)
     for i, rollout in zip(fits, rollouts, strict=True):
-        answers[i] = renderer.decode(rollout.token_ids)
-    return answers
+        texts[i] = renderer.decode(rollout.token_ids)
+    return Answers(tuple(texts), sum(rollout.finish_reason == "length" for rollout in rollouts))
 
 
 # ------------------------------------------------------------------------------------ for people
@@ -266,12 +335,18 @@ def show(played: Played, console: Console) -> None:
     say(asked(found.pairs, found.too_long, found.failed))
     for line in played.drops.lines():
         say(f"  left out {line}")
+    most = settings.sampling.max_new_tokens
+    for name, cut in zip((first, second), played.cut, strict=True):
+        if cut:
+            say(f"  {cut} answers of {name} cut at {most} tokens")
     say("")
     console.print(estimates_table(found.overall, ROWS))
     say(
         "equal length: logistic regression on tanh of the difference in length (arXiv 2404.04475), "
         f"ridge {RIDGE}, one standard deviation {found.length_slope:+.2f}"
     )
+    for line in too_little_mass(settings.judging.judge, found.overall["mass"]):
+        say(line)
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -69,8 +69,7 @@ def bootstrap(
 ) -> dict[str, Estimate]:
     """Each ratio with its percentile interval, all from the same bootstrap samples.
 
-    A share that is 0 or 1 in every unit has no spread to resample: the bound is then the exact one,
-    0.025^(1/n) away from the other end (Clopper and Pearson, 1934).
+    A share that is the same in every unit has no spread to resample: see :func:`without_spread`.
 
     Args:
         groups: [n]; units of one group (pairs with one prompt) are resampled together.
@@ -111,12 +110,21 @@ def _estimate(ratio: Ratio, samples: np.ndarray, count: int) -> Estimate:
     value = float(ratio.numerators.sum() / total)
     # Small samples may draw no unit that counts.
     low, high = (float(x) for x in np.nanquantile(samples, TAILS))
-    units = int(np.count_nonzero(ratio.denominators))
-    if ratio.share and value == 1.0:
-        low = TAILS[0] ** (1 / units)
-    if ratio.share and value == 0.0:
-        high = 1 - TAILS[0] ** (1 / units)
+    counted = ratio.denominators != 0
+    each = ratio.numerators[counted] / ratio.denominators[counted]
+    if ratio.share and each.min() == each.max():
+        low, high = without_spread(value, len(each))
     return Estimate(value, low, high, count)
+
+
+def without_spread(share: float, units: int) -> tuple[float, float]:
+    """95 % interval of the mean of shares in [0, 1] that are all the same in ``units`` of them.
+
+    Exact (Clopper and Pearson, 1934): other units are at most 1 - 0.025^(1/n) of all, or so many
+    alike would be seen with less than probability 0.025; at worst these are all 0, or all 1.
+    """
+    others = 1 - TAILS[0] ** (1 / units)
+    return share * (1 - others), share + (1 - share) * others
 
 
 def wilson(right: float, count: int) -> tuple[float, float]:

@@ -19,6 +19,8 @@ from fastalign.judge import Pair, PairwiseJudge, compare, verdict
 THRESHOLDS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
 """Tie thresholds that a choice is made from."""
 MOST_BINS, PAIRS_PER_BIN = 10, 10
+# Random numbers held at once: bounds memory, whatever the number of pairs.
+_CHUNK = 1 << 20
 
 
 # ----------------------------------------------------------------------------------------- asking
@@ -188,23 +190,29 @@ def quality(
             seed=seed,
         )
 
-    def at(threshold: float) -> Threshold:
-        right = np.array([_credit(preferred(seen, threshold)) for seen in judged])
-        decided = right != 0.5
-        ratios = {"decided": Ratio.of(decided), "accuracy": Ratio.of(right, decided)}
-        return Threshold(threshold, **bootstrap(ratios, of, draws=draws, seed=seed))
+    ratios = _ratios(judged, longer)
+    names = list(ratios)
+    for tie_of_row in thresholds:
+        right = np.array([_credit(preferred(seen, tie_of_row)) for seen in judged])
+        ratios[f"decided at {tie_of_row}"] = Ratio.of(right != 0.5)
+        ratios[f"accuracy at {tie_of_row}"] = Ratio.of(right, right != 0.5)
+    # The samples of many pairs take long to draw: once for all.
+    estimates = bootstrap(ratios, of, draws=draws, seed=seed)
 
     return Quality(
         pairs=len(judged),
         too_long=sum(seen.too_long for seen in verdicts),
         failed=sum(seen.failed for seen in verdicts),
         tie=tie,
-        overall=bootstrap(_ratios(judged, longer), of, draws=draws, seed=seed),
+        overall={name: estimates[name] for name in names},
         principles={name: by_principle(k, name) for k, name in enumerate(principles)},
         calibration=calibration(
             np.array([seen.score_a - seen.score_b for seen in judged]), seed=seed
         ),
-        thresholds=tuple(map(at, thresholds)),
+        thresholds=tuple(
+            Threshold(t, estimates[f"decided at {t}"], estimates[f"accuracy at {t}"])
+            for t in thresholds
+        ),
     )
 
 
@@ -260,8 +268,14 @@ def calibration(gaps: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Calibr
     # Equal margins stay together, whatever that makes of the bins' sizes.
     edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]))
     index = np.searchsorted(edges, confidence)
-    drawn = np.random.default_rng(seed).random((draws, len(gaps))) < confidence
-    by_chance = _ece(drawn.astype(np.float64), confidence, index)
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK // len(gaps))
+    by_chance = np.concatenate(
+        [
+            _ece(rng.random((min(step, draws - start), len(gaps))) < confidence, confidence, index)
+            for start in range(0, draws, step)
+        ]
+    )
     return Calibration(
         bins=tuple(_bin(right[index == i], confidence[index == i]) for i in np.unique(index)),
         ece=float(_ece(right[None], confidence, index)[0]),
@@ -270,7 +284,7 @@ def calibration(gaps: np.ndarray, *, seed: int = 0, draws: int = 1000) -> Calibr
 
 
 def _ece(right: np.ndarray, confidence: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """[draws] of right [draws, n]."""
+    """[draws] of right [draws, n], float or bool."""
     members = np.equal.outer(index, np.unique(index)).astype(np.float64)
     return np.abs((right - confidence) @ members).sum(axis=1) / len(confidence)
 

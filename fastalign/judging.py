@@ -17,7 +17,7 @@ from fastalign.judge import (
     make_judge,
     make_rule_judge,
 )
-from fastalign.local import LocalModel, open_model
+from fastalign.local import LocalModel, make_renderer, open_model
 from fastalign.model import load_tokenizer
 from fastalign.templates import JudgeWording, Renderer
 
@@ -30,7 +30,8 @@ class Judging:
         rollout: the engine of a local model.
         dtype, trust_remote_code: of another local model, as in a recipe.
         max_length: most tokens of a question.
-        template, chat_template_kwargs: how local models are spoken to, as a dataset's in a recipe.
+        template, chat_template_kwargs: how the model that answers is spoken to, as a dataset's in a
+            recipe, also where it judges itself.  Another model that judges has its own.
         replies: file that keeps the replies of a server.
     """
 
@@ -47,15 +48,21 @@ class Judging:
         """Refuse what would fail after the models are loaded.
 
         Raises:
-            ConfigError: a rule or another model that is not there, a rule with principles.
+            ConfigError: a rule, another model or a judge template that is not there, a rule with
+                principles, a server without the client or with replies that are none.
         """
         if self.judge.type == "rule":
             load_rule(self.judge, "pairwise")
             if self.judge.principles:
                 raise ConfigError("judge.principles: a rule is asked for one verdict overall")
-        if self.judge.type == "model":
+        elif self.judge.type == "model":
             with _of_judge():
-                load_tokenizer(self.other)
+                tokenizer = load_tokenizer(self.other)
+            make_renderer(self.other, tokenizer, self.judge)
+        else:
+            JudgeWording(self.judge.template)
+        if self.judge.type == "endpoint":
+            self._endpoint().close()
 
     @property
     def other(self) -> ModelConfig:
@@ -67,8 +74,12 @@ class Judging:
             trust_remote_code=self.trust_remote_code,
         )
 
+    def _endpoint(self) -> Endpoint:
+        assert self.judge.endpoint is not None and self.replies is not None
+        return Endpoint(self.judge.endpoint, "judge", self.replies)
+
     def renderer(self, model: LocalModel) -> Renderer:
-        """How a local model is spoken to, as contestant and as judge."""
+        """How a model is spoken to that answers, or judges itself."""
         return model.renderer(
             self.judge, template=self.template, chat_template_kwargs=self.chat_template_kwargs
         )
@@ -109,9 +120,7 @@ def open_judge(judging: Judging, own: LocalModel | None) -> Iterator[PairwiseJud
     if who.type == "rule":
         yield make_rule_judge(who, "pairwise")
     elif who.type == "endpoint":
-        assert who.endpoint is not None and judging.replies is not None
-        endpoint = Endpoint(who.endpoint, "judge", judging.replies)
-        with contextlib.closing(endpoint):
+        with contextlib.closing(judging._endpoint()) as endpoint:
             yield EndpointPairwiseJudge(who, JudgeWording(who.template), endpoint)
     elif who.type == "model":
         with contextlib.ExitStack() as stack:
@@ -119,10 +128,10 @@ def open_judge(judging: Judging, own: LocalModel | None) -> Iterator[PairwiseJud
                 model = stack.enter_context(
                     open_model(judging.other, judging.rollout, max_model_len=judging.max_length)
                 )
-            yield _local(judging, model)
+            yield _local(judging, model, model.renderer(who))
     else:
         assert own is not None
-        yield _local(judging, own)
+        yield _local(judging, own, judging.renderer(own))
 
 
 @contextlib.contextmanager
@@ -134,6 +143,5 @@ def _of_judge() -> Iterator[None]:
         raise ConfigError(f"judge.{error}") from None
 
 
-def _local(judging: Judging, model: LocalModel) -> PairwiseJudge:
-    renderer = judging.renderer(model)
+def _local(judging: Judging, model: LocalModel, renderer: Renderer) -> PairwiseJudge:
     return make_judge(judging.judge, "pairwise", renderer, model.judge(renderer))

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastalign.episodes import Verdict
-from fastalign.intervals import DRAWS, TAILS, Estimate, Ratio, bootstrap, resample
+from fastalign.intervals import (
+    DRAWS,
+    TAILS,
+    Estimate,
+    Ratio,
+    bootstrap,
+    resample,
+    without_spread,
+)
 
 RIDGE = 0.01
 # A Newton step goes no further than this; with a ridge every fit ends within a few tens of steps.
@@ -105,6 +113,9 @@ def length_controlled(
     the win rate at d = 0.  A ridge of ``RIDGE`` / 2 on the squares of both keeps them finite where
     a wins always, or exactly when it is longer; it weighs as much as 1/25 of a pair.
 
+    Outcomes that are all the same have no spread to resample, and no length explains any of them:
+    their interval is the exact one of the raw win rate (:func:`without_spread`).
+
     Args:
         wins: float [n], 1, 0 or 1/2.
         difference: float [n], length of a less that of b.
@@ -118,11 +129,14 @@ def length_controlled(
     numbers: dict[Hashable, int] = {}
     labels = range(len(wins)) if groups is None else groups
     index = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+    value = float(_sigmoid(theta))
+    if wins.min() == wins.max():
+        return Estimate(value, *without_spread(wins[0], len(numbers)), len(wins)), float(phi)
     samples = np.concatenate(
         [fit(wins, length, w[:, index])[:, 0] for w in resample(len(numbers), draws, seed)]
     )
     low, high = (float(x) for x in np.quantile(_sigmoid(samples), TAILS))
-    return Estimate(float(_sigmoid(theta)), low, high, len(wins)), float(phi)
+    return Estimate(value, low, high, len(wins)), float(phi)
 
 
 def fit(wins: np.ndarray, length: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from test_cli import one_line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.cli import main
+from fastalign.config import ConfigError, JudgeConfig, ModelConfig, RolloutConfig
 from fastalign.judge import verdict
 from fastalign.judge_quality import quality
+from fastalign.judging import Judging, open_judge
+from fastalign.local import open_model
 
 RULES = """
 def longer(prompt, a, b):
@@ -98,12 +102,12 @@ def test_a_model_that_judges_itself_gets_a_table_a_report_and_a_plot(desk, tmp_p
     assert "P(A) + P(B) is below min_decision_mass = 0.5" in shown
 
     # The pairs as they were written down give the figures of the report once more.
-    kept = lines(tmp_path / "pairs.jsonl")
+    kept = lines(tmp_path / "judge-pairs.jsonl")
     assert [row["source"] for row in kept] == [f"{desk.pairs}:{i}" for i in range(1, 13)]
     again = [verdict(np.array(row["probabilities"]), 1e-3) for row in kept]
     lengths = [(row["length_chosen"], row["length_rejected"]) for row in kept]
     found = quality(again, lengths, tie=1e-3, principles=("wit", "truth"))
-    written = json.loads((tmp_path / "report.json").read_text())
+    written = json.loads((tmp_path / "judge-report.json").read_text())
     assert written["figures"] == pytest.approx(found.figures())
     for name, estimates in found.principles.items():
         theirs = written["quality"]["principles"][name]["accuracy"]
@@ -133,7 +137,8 @@ def test_without_matplotlib_the_report_says_what_is_missing(desk, tmp_path, caps
     asked = ["--pairs", desk.pairs, "--judge", desk.judge("longer"), "--out", str(tmp_path)]
     assert main(["eval", *asked]) == 0
     assert "reliability.png needs matplotlib: pip install" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "report.json"]
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == ["judge-pairs.jsonl", "judge-report.json"]
 
 
 def test_the_adapter_judges_where_there_is_one(desk, adapter, capsys):
@@ -192,6 +197,24 @@ def test_models_are_spoken_to_as_asked(desk, tmp_path, capsys):
     assert report(capsys, *asked, *kwargs, '{"loud": true}')["figures"]["mass"] != plain
 
 
+def test_another_model_that_judges_has_its_own_template(desk, other_llama):
+    """What is asked of it is the same whatever the contestants are told."""
+    who = JudgeConfig(type="model", model_name_or_path=str(other_llama))
+    rollout = RolloutConfig(engine="hf")
+    prompt = [{"role": "user", "content": "the sum"}]
+    asked = []
+    for template in (None, "alpaca"):
+        judging = Judging(who, rollout, 512, dtype="float32", template=template)
+        with open_judge(judging, None) as judge:
+            asked.append(judge.renderer.judge_prompt_ids(prompt, "a", "b").tolist())
+    assert asked[0] == asked[1]
+    # The model itself is spoken to in one way.
+    own = Judging(JudgeConfig(type="self"), rollout, 512, dtype="float32", template="alpaca")
+    model = ModelConfig(model_name_or_path=desk.model, dtype="float32")
+    with open_model(model, rollout, max_model_len=512) as local, open_judge(own, local) as judge:
+        assert judge.renderer.judge_prompt_ids(prompt, "a", "b").tolist() != asked[0]
+
+
 def test_rules_are_asked_in_both_orders(desk, capsys):
     longer = report(capsys, "--pairs", desk.pairs, "--judge", desk.judge("longer"))
     assert longer["figures"]["prefers_longer"] == 1 and longer["figures"]["flipped"] == 0
@@ -235,8 +258,9 @@ def test_a_server_that_judges_needs_no_model_and_is_paid_once(desk, tmp_path, ca
 def test_answers_of_two_models_are_their_own(desk, other_llama, adapter, tmp_path, capsys):
     asked = ["--model", desk.model, "--prompts", desk.prompts, "--max-tokens", "8", *LOCAL]
     asked += ["--against", str(other_llama), "--judge", desk.judge("longer")]
+    asked += ["--temperature", "0", "--top-p", "1"]
     found = report(capsys, *asked, "--out", str(tmp_path))
-    kept = lines(tmp_path / "pairs.jsonl")
+    kept = lines(tmp_path / "wins.jsonl")
     assert len(kept) == 6
     tokenizer = AutoTokenizer.from_pretrained(desk.model)
     for side, path in (("a", desk.model), ("b", str(other_llama))):
@@ -254,7 +278,7 @@ def test_answers_of_two_models_are_their_own(desk, other_llama, adapter, tmp_pat
     assert not found["judge_is_a_contestant"]
     # With an adapter the first one is another model.
     report(capsys, *asked, "--adapter", adapter, "--out", str(tmp_path))
-    again = lines(tmp_path / "pairs.jsonl")
+    again = lines(tmp_path / "wins.jsonl")
     assert [row["b"] for row in again] == [row["b"] for row in kept]
     assert [row["a"] for row in again] != [row["a"] for row in kept]
 
@@ -264,11 +288,17 @@ def test_a_model_against_itself_is_an_even_match_and_says_who_judges(desk, capsy
     assert main(["eval", *asked, "--max-tokens", "6", *LOCAL]) == 0
     shown = capsys.readouterr().out
     assert "(one of the two contestants)" in shown
+    # A random model has no mass on the letters, and does not stop after six tokens.
+    assert "P(A) + P(B) is below min_decision_mass = 0.5: a run would refuse this judge" in shown
+    assert f"6 answers of {desk.model} cut at 6 tokens" in shown
     assert f"{desk.model} against {desk.model}" in shown
     even = report(capsys, *asked, "--max-tokens", "6", *LOCAL)
     assert even["figures"]["win_rate"] == 0.5 and even["figures"]["abstained"] == 1
     assert even["figures"]["length_controlled"] == pytest.approx(0.5)
     assert even["judge_is_a_contestant"]
+    assert even["cut_at_max_tokens"] == {"contestant": 6, "against": 6}
+    drawn = ("max_new_tokens", "temperature", "top_p")
+    assert [even["sampling"][name] for name in drawn] == [6, 1.0, 0.9]
 
 
 def test_stored_answers_meet_by_prompt(desk, tmp_path, capsys):
@@ -278,7 +308,7 @@ def test_stored_answers_meet_by_prompt(desk, tmp_path, capsys):
     judge = ["--judge", desk.judge("longer"), "--out", str(tmp_path)]
     # The second x has no answer left in the other file.
     found = report(capsys, *asked, *judge)
-    kept = lines(tmp_path / "pairs.jsonl")
+    kept = lines(tmp_path / "wins.jsonl")
     assert [(row["a"], row["b"]) for row in kept] == [("aa", "c"), ("b", "bbb")]
     assert found["figures"]["win_rate"] == 0.5 and found["figures"]["wins"] == 0.5
     assert found["left_out"] == {f"no answer in {desk.folder}/two.jsonl": 1}
@@ -288,12 +318,64 @@ def test_stored_answers_meet_by_prompt(desk, tmp_path, capsys):
     assert found["figures"]["pairs"] == 1 and found["figures"]["win_rate"] == 0
 
 
+def test_stored_answers_that_are_empty_are_judged(desk, tmp_path, capsys):
+    two = [
+        {"prompt": "x", "completion": ""},
+        {"prompt": "y", "completion": "b"},
+        {"prompt": "x", "completion": "a"},
+        {"prompt": "y", "completion": 5},
+        {"instruction": "z", "output": " "},
+    ]
+    one = [{"prompt": p, "completion": "aaa"} for p in ("x", "y", "x", "z")]
+    asked = ["--judge", desk.judge("longer"), "--out", str(tmp_path)]
+    asked += ["--answers", desk.data("full.jsonl", one)]
+    found = report(capsys, *asked, "--against", desk.data("gaps.jsonl", two))
+    kept = lines(tmp_path / "wins.jsonl")
+    # The second x meets the second one, as if the first were not empty.
+    assert [row["b"] for row in kept] == ["", "b", "a", " "]
+    assert found["figures"]["win_rate"] == 1 and found["figures"]["pairs"] == 4
+    assert found["left_out"] == {"completion: wrong type": 1}
+    # A model that says nothing at all is one that can be compared with.
+    nothing = desk.data("nothing.jsonl", [row | {"completion": ""} for row in one])
+    found = report(capsys, *asked, "--against", nothing)
+    assert found["figures"]["wins"] == 1 and found["figures"]["pairs"] == 4
+    assert found["left_out"] == {}
+
+
+def test_both_questions_may_share_a_folder(desk, tmp_path):
+    shared = ["--judge", desk.judge("longer"), "--out", str(tmp_path / "new" / "folder")]
+    assert main(["eval", "--pairs", desk.pairs, *shared]) == 0
+    assert main(["eval", "--against", desk.answers, "--answers", desk.answers, *shared]) == 0
+    made = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert {"judge-report.json", "judge-pairs.jsonl", "wins-report.json", "wins.jsonl"} <= made
+
+
+def test_generate_and_eval_answer_alike(desk, tmp_path, monkeypatch):
+    given = []
+
+    def stop(what):
+        given.append(what)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("fastalign.generate.answer_file", lambda a, b, settings: stop(settings))
+    monkeypatch.setattr("fastalign.eval_wins.play", stop)
+    out = str(tmp_path / "answers.jsonl")
+    assert main(["generate", "--model", desk.model, desk.prompts, out]) == 2
+    assert main(["eval", "--model", desk.model, "--against", desk.answers]) == 2
+    answering, playing = given
+    sampling = playing.sampling
+    assert (sampling.temperature, sampling.top_p) == (answering.temperature, answering.top_p)
+    assert sampling.max_new_tokens == answering.max_tokens == 768
+    # An engine of eval is never beside another one.
+    assert playing.judging.rollout == answering.rollout
+
+
 def test_a_model_meets_stored_answers_and_judges(desk, tmp_path, capsys):
     asked = ["--model", desk.model, "--against", desk.answers, "--max-tokens", "6", *LOCAL]
     found = report(capsys, *asked, "--out", str(tmp_path), "--max-samples", "5")
     assert found["figures"]["pairs"] == 5 and found["judge_is_a_contestant"]
     stored = {row["prompt"]: row["completion"] for row in rows("completion", 12)}
-    for row in lines(tmp_path / "pairs.jsonl"):
+    for row in lines(tmp_path / "wins.jsonl"):
         assert row["b"] == stored[row["prompt"][0]["content"]]
         assert len(row["verdict"]["probabilities"]) == 1
 
@@ -301,6 +383,7 @@ def test_a_model_meets_stored_answers_and_judges(desk, tmp_path, capsys):
 def test_prompts_without_room_for_an_answer_are_counted(desk, capsys):
     prompts = desk.data("long.jsonl", [{"prompt": "the " * 600}, {"prompt": "the sum"}])
     asked = ["--model", desk.model, "--against", desk.model, "--prompts", prompts]
+    asked += ["--max-tokens", "256"]
     found = report(capsys, *asked, *LOCAL, "--judge", desk.judge("longer"))
     assert found["figures"]["pairs"] == 1
     # Both models left it out.
@@ -314,6 +397,7 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], str]]:
     """Name -> (arguments, what the one line has to contain)."""
     longer, here = desk.judge("longer"), desk.folder
     pairs, against = ["--pairs", desk.pairs], ["--against", desk.answers]
+    wit = desk.judge("wit", "type: self\nprinciples: [wit]\n")
     server = "type: endpoint\nendpoint: {base_url: 'http://localhost:1/v1', model: m}\n"
     return {
         "no such file": (
@@ -353,7 +437,20 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], str]]:
         ),
         "rule with principles": (
             [*pairs, "--judge", longer, "--principle", "wit"],
-            "judge.principles: a rule is asked for one verdict overall",
+            "longer.yaml is a rule, which is told of none",
+        ),
+        "principles in two places": (
+            [*pairs, "--model", desk.model, "--judge", wit, "--principle", "truth"],
+            "wit.yaml has principles already: name them in one place",
+        ),
+        "judge template that is not there": (
+            [*pairs, "--model", f"{here}/none",
+             "--judge", desk.judge("words", f"type: self\ntemplate: {here}/words.yaml\n")],
+            f"{here}/words.yaml",
+        ),
+        "template of a judge that has its own": (
+            [*pairs, "--judge", longer, "--template", "alpaca"],
+            "--template says how the model itself is spoken to",
         ),
         "judge model that is not there": (
             [*pairs, "--judge", desk.judge("m", f"type: model\nmodel_name_or_path: {here}/none\n")],
@@ -396,7 +493,12 @@ def mistakes(desk: Desk) -> dict[str, tuple[list[str], str]]:
         ),
         "out is a file": (
             [*pairs, "--judge", longer, "--out", desk.answers],
-            f"--out = '{desk.answers}'",
+            f"--out = '{desk.answers}': is no folder",
+        ),
+        "more tokens than the model has": (
+            [*against, "--model", desk.model, "--judge", longer, "--max-length", "512",
+             "--engine", "hf"],
+            f"--max-tokens = 768: {desk.model} has room for 512 tokens of prompt and answer",
         ),
     }  # fmt: skip
 
@@ -405,9 +507,11 @@ NAMES = [
     "no such file", "no pairs", "no model", "model that is not there", "adapter that is not there",
     "adapter alone", "judge that is not there", "wrong key", "wrong value",
     "rule that is not named", "rule that is not there", "rule with principles",
-    "judge model that is not there", "server without a folder", "another question's option",
-    "no prompts", "nobody to compare", "nobody to judge", "adapter on a file", "no common prompt",
-    "top-p", "temperature", "share of a GPU", "out is a file",
+    "principles in two places", "judge template that is not there",
+    "template of a judge that has its own", "judge model that is not there",
+    "server without a folder", "another question's option", "no prompts", "nobody to compare",
+    "nobody to judge", "adapter on a file", "no common prompt", "top-p", "temperature",
+    "share of a GPU", "out is a file", "more tokens than the model has",
 ]  # fmt: skip
 
 
@@ -416,6 +520,21 @@ def test_a_mistake_is_one_line(desk, name, capsys):
     arguments, expected = mistakes(desk)[name]
     assert main(["eval", *arguments]) == 2
     assert expected in one_line(capsys.readouterr().err)
+
+
+def test_what_is_wrong_shows_before_a_model_is_loaded(desk, tmp_path, capsys, monkeypatch):
+    def opened(*arguments, **keys):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("fastalign.eval_wins.open_model", opened)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    text = "type: endpoint\nendpoint: {base_url: 'http://localhost:1/v1', model: m}\n"
+    asked = ["--model", desk.model, "--against", desk.model, "--prompts", desk.prompts]
+    server = ["--judge", desk.judge("server", text), "--out", str(tmp_path)]
+    assert main(["eval", *asked, *server]) == 2
+    assert "needs the package openai" in one_line(capsys.readouterr().err)
+    assert main(["eval", *asked, "--out", desk.answers]) == 2
+    assert "is no folder" in one_line(capsys.readouterr().err)
 
 
 def test_every_mistake_is_looked_at(desk):

@@ -59,6 +59,10 @@ def test_a_share_without_spread_has_the_exact_bound(units):
     # What is no share has no such bound.
     mean = interval(np.ones(units), share=False)
     assert (mean.low, mean.high) == (1, 1)
+    # Halves alone: at worst so many others that they are not seen, and all of these 0, or all 1.
+    halves = interval(np.full(units, 0.5))
+    assert halves.value == 0.5 and halves.high - 0.5 == pytest.approx(0.5 - halves.low)
+    assert (2 * halves.low) ** units == pytest.approx(0.025)
 
 
 def test_nothing_to_measure_is_no_number():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -314,6 +315,39 @@ def test_calibration_is_the_gap_between_promise_and_share():
     assert only.accuracy_low < 0.6 < only.accuracy_high < 0.75
     # A margin of 0 names nobody.
     assert calibration(np.array([0.5] * 60 + [-0.5] * 40 + [0.0] * 50)) == found
+
+
+def test_chunks_of_chance_do_not_show_and_bound_the_memory(monkeypatch):
+    gaps = np.random.default_rng(7).normal(0.1, 0.3, size=300).clip(-1, 1)
+    whole = calibration(gaps)
+    monkeypatch.setattr("fastalign.judge_quality._CHUNK", 7 * 300)
+    assert calibration(gaps).ece_limit == pytest.approx(whole.ece_limit, abs=1e-12)
+    monkeypatch.undo()
+    many = np.random.default_rng(7).normal(0.1, 0.3, size=160_000).clip(-1, 1)
+    tracemalloc.start()
+    calibration(many, draws=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_all_thresholds_and_figures_come_from_one_drawing(monkeypatch):
+    drawn = []
+    real = judge_quality.bootstrap
+
+    def counted(ratios, *rest, **keys):
+        drawn.append(list(ratios))
+        return real(ratios, *rest, **keys)
+
+    monkeypatch.setattr("fastalign.judge_quality.bootstrap", counted)
+    verdicts = random_verdicts(30, 1)
+    found = quality(verdicts, [(1, 2)] * 30, tie=0.05)
+    assert len(drawn) == 1
+    # The same figures as when a threshold is drawn for alone.
+    right = np.array([{"a": 1.0, "b": 0.0, None: 0.5}[preferred(v, 0.1)] for v in verdicts])
+    alone = real({"x": judge_quality.Ratio.of(right, right != 0.5)}, seed=0)["x"]
+    (row,) = [row for row in found.thresholds if row.tie == 0.1]
+    assert row.accuracy == alone
 
 
 def test_bins_and_their_error_are_those_of_a_sort_by_hand():

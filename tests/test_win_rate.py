@@ -104,6 +104,20 @@ def test_without_a_difference_in_length_both_readings_are_one():
         assert found.value == pytest.approx(0.7, abs=1e-3) and phi == 0
 
 
+@pytest.mark.parametrize(("outcome", "low", "high"), [
+    (1.0, 0.025 ** (1 / 20), 1.0),
+    (0.0, 0.0, 1 - 0.025 ** (1 / 20)),
+    (0.5, 0.025 ** (1 / 20) / 2, 1 - 0.025 ** (1 / 20) / 2),
+])  # fmt: skip
+def test_outcomes_that_are_all_the_same_do_not_make_it_certain(outcome, low, high):
+    difference = np.random.default_rng(5).normal(0, 9, size=40)
+    # Twenty prompts with two pairs each are no forty proofs.
+    found, _ = length_controlled(np.full(40, outcome), difference, groups=list(range(20)) * 2)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.low < found.value < found.high and found.count == 40
+    assert found.value == pytest.approx(outcome, abs=0.01)
+
+
 def test_swapping_the_sides_mirrors_every_figure():
     rng = np.random.default_rng(3)
     lengths = [tuple(pair) for pair in rng.integers(1, 90, (50, 2)).tolist()]
