@@ -128,7 +128,6 @@ class Settings:
         kept["files"] = self.files()
         return self.model.model_dump(mode="json", exclude_defaults=True) | kept
 
-
     def files(self) -> str:
         """A hash of what lies behind the paths of the settings: a model that was trained again
         under its old name is another one.  Of large files size and age stand for the content."""
