@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import fastalign.train as loop
 from fastalign.config import Config, parse_config
 from fastalign.model import POLICY, TrainedModel, init_distributed
-from fastalign.online import ReferenceScorer, push_weights
+from fastalign.online import ReferenceScorer, wake
 from fastalign.rollout import EngineError
 from fastalign.rollout import vllm as vllm_engine
 from fastalign.rollout.sync import fingerprint
@@ -143,10 +143,10 @@ def rollouts(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> N
     facts: dict[str, Any] = {}
 
     def run_rounds(run: Any, *arguments: Any) -> dict[str, float]:
+        wake(run)
         first = _agreement(run)
         metrics = original(run, *arguments)
-        run.engine.wake()
-        push_weights(run)
+        wake(run)
         last = _agreement(run)
         facts.update(
             engine=run.engine.name,

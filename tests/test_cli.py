@@ -381,7 +381,9 @@ def test_two_ranks_by_the_command_end_where_one_does(desk):
     assert distance({n: weights[1][n] for n in moved}, moved) < 1e-5
 
 
-def test_a_mistyped_option_is_named(tmp_path, capsys):
+def test_a_mistyped_option_is_named(tmp_path, capsys, monkeypatch):
+    # A test that trained in this process may have left it.
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     path = tmp_path / "recipe.yaml"
     path.write_text("method: sft\nmodel_name_or_path: m\noutput_dir: o\ndatasets: [{path: d}]\n")
     assert main(["train", str(path), "--resme"]) == 2

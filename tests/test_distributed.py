@@ -209,7 +209,7 @@ def test_two_ranks_sample_judge_and_learn_what_one_does(suite):
 
     # The judge of the second round is what the first one made, and did not move any further; also
     # where one rank asked and the other did not.
-    first = suite.training_recipe("self-judge-first", online=ONLINE["online"] | {"iterations": 1})
+    first = suite.training_recipe("self-judge-first", online=SIZES | {"iterations": 1})
     train(first)
     model = AutoModelForCausalLM.from_pretrained(first.output_dir, dtype=torch.float32)
     expected = []

@@ -888,14 +888,15 @@ def test_the_policy_becomes_reference_and_judge(sharp_llama, tmp_path, rule, mon
         keys |= {"use_peft": True, "adapter_name_or_path": made.output_dir}
     elif kind == "lora":
         keys |= LORA
-    sizes = keys["online"] | {"rounds_per_reference": 1}
+    sizes = keys["online"]
     known = rows("preference", 7, seed=5)
     keys["judge_datasets"] = [{"path": str(write_rows(tmp_path / "known.jsonl", known))}]
     first = recipe(
         "dpo", sharp_llama, tmp_path / "first", **keys | {"online": sizes | {"iterations": 1}}
     )
     train(first)
-    both = recipe("dpo", sharp_llama, tmp_path / "both", **keys | {"online": sizes})
+    keys["online"] = sizes | {"rounds_per_reference": 1}
+    both = recipe("dpo", sharp_llama, tmp_path / "both", **keys)
     seen: dict[str, Any] = {}
     train_and(both, monkeypatch, lambda run: seen.update(renderer=run.renderers[0]))
     if kind == "full":

@@ -189,7 +189,8 @@ def test_the_judge_moves_on_in_the_engine(suite, name):
     lines = metrics_of(Path(suite.config(name).output_dir))
     first, second = (x for x in lines if "judge_quality/mass" in x)
     assert first["judge_quality/pairs"] == second["judge_quality/pairs"] == 5
-    assert abs(first["judge_quality/mass"] - second["judge_quality/mass"]) > 1e-5
+    # Far beyond the rounding of a judge that stayed where it was.
+    assert first["judge_quality/mass"] != pytest.approx(second["judge_quality/mass"], rel=1e-3)
     if name == "self-lora":
         # Both orders of a pair begin alike; whole blocks of such beginnings are computed once.
         assert all(0 <= x["judge/prefix_cached"] < 1 for x in lines if "rollout/examples" in x)

@@ -26,6 +26,9 @@ class Refining(BaseMethod):
     online_wants: Kind | None = "judged"
     judge_kind: JudgeKind | None = None
 
+    def examples_per_prompt(self, samples: int) -> int:
+        return samples
+
     def rollout_prompt(self, record: Record, renderer: Renderer) -> np.ndarray:
         assert record.completion is not None
         if record.judgment is None:
