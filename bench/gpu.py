@@ -87,6 +87,8 @@ class Runner:
             text=True,
             errors="replace",
             start_new_session=True,
+            # A job in the background ignores it, and so would what it starts: see _stop.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             output, _ = process.communicate(timeout=left)

@@ -54,15 +54,15 @@ def test_a_command_out_of_time_keeps_what_it_has(tmp_path, monkeypatch):
     """pytest, interrupted, still writes its report."""
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
-    run = runner(15, monkeypatch)
+    run = runner(8, monkeypatch)
     report = tmp_path / "report.xml"
     pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     status, _ = run(*pytest_command, f"--junitxml={report}", f"--rootdir={tmp_path}", tests)
     assert status is None
     assert gpu.counted(report, whole=False)["passed"] == 1
-    assert len(run.skipped) == 1 and "left after 15 s" in run.skipped[0]
+    assert len(run.skipped) == 1 and "left after 8 s" in run.skipped[0]
     assert run(sys.executable, "-c", "print('never')") == (None, "")
-    assert "15 s were over" in run.skipped[1] and run.outcome == "incomplete"
+    assert "8 s were over" in run.skipped[1] and run.outcome == "incomplete"
 
 
 @pytest.mark.parametrize(
