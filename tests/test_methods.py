@@ -478,6 +478,16 @@ def test_rest_keeps_what_wins_more_than_its_quantile(quantile, kept, renderer):
     assert answers == [[ord("x")] * n for n in (3, 2, 1, 4) if (3, 2, 1, 4).index(n) in kept]
 
 
+def test_jsft_keeps_the_demonstration_of_a_pair_that_is_too_long_to_judge(renderer):
+    jsft = method("jsft", max_length=40)
+    record = Record("preference", prompt=USER, chosen="is one", rejected="is two", source="f:1")
+    with pytest.raises(Dropped, match="judgment does not fit"):
+        jsft.from_record(record, renderer)
+    examples, drops = loop.make_examples(jsft, [record], [renderer], jsft.config)
+    assert [s.role for e in examples for s in e.streams] == ["demonstration"]
+    assert drops.counts == {"judgment does not fit in max_length": 1}
+
+
 def test_nothing_is_learnt_where_no_match_is_decided(renderer):
     level = judged_by(lambda _: 0, "ab", "cd", "ef")
     won_by_lot = replace(level, winner=1)
