@@ -28,12 +28,14 @@ endif
 # about every requirement, and also when the source tree it lies in was cleaned.
 hash = $(shell { echo '$(CURDIR) $(TORCH_SPEC) $(EXTRAS)'; cat $(1); } | sha256sum | cut -c1-16)
 INSTALLED := $(VENV)/.installed-$(call hash,pyproject.toml)
-BUILT := $(VENV)/.built-$(call hash,setup.py CMakeLists.txt $(sort $(wildcard csrc/*)))
+BUILT := $(VENV)/.built-$(call hash,setup.py CMakeLists.txt $(sort $(wildcard csrc/*.* csrc/bindings/*)))
+
+SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test bench gpu demo clean
+.PHONY: help .venv build lint format test test-sanitize bench gpu demo clean
 
 help: ## Show this help
 	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,13 +85,13 @@ build: .venv ## Build the extension, and wheels and the sdist in dist/
 lint: .venv ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: .venv ## Rewrite the sources in style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*
+	$(BIN)/clang-format -i $(SOURCES)
 
 # Files are spread over processes of one thread each; what is measured runs alone.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
@@ -98,6 +100,15 @@ test: .venv ## Run the tests
 	FASTALIGN_BENCH=smoke $(PARALLEL) --benchmark-disable tests
 	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q bench
 	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
+
+# The core needs neither Python nor torch, so its tests run under the sanitizers without them.
+test-sanitize: .venv ## Run the C++ tests with address, undefined-behaviour and thread sanitizers
+	for sanitizer in address,undefined thread; do \
+		$(BIN)/cmake -S . -B build/sanitize-$$sanitizer -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+			-DFASTALIGN_EXTENSION=OFF -DFASTALIGN_TESTS=ON -DFASTALIGN_SANITIZE=$$sanitizer; \
+		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2; \
+		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --output-on-failure; \
+	done
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench

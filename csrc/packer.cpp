@@ -1,21 +1,20 @@
-#include "bridge.h"
+#include "packer.h"
 
 #include <algorithm>
 #include <functional>
 #include <limits>
 #include <numeric>
 #include <queue>
+#include <string>
 #include <utility>
+
+#include "invalid_input.h"
 
 namespace fastalign {
 namespace {
 
 // Attention kernels take int32 offsets, so no batch may hold more tokens than that.
 constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
-
-std::string item(const char* name, std::size_t index) {
-  return std::string(name) + "[" + std::to_string(index) + "]";
-}
 
 // Everything that can be wrong without reading a token; returns T.
 std::int64_t check_lengths(const std::vector<SequenceView>& sequences) {

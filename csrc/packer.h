@@ -1,21 +1,11 @@
-// The batching core: ragged token sequences to one flat batch, and examples to micro-batches.
-// Plain C++17, without Python and without torch: bindings.cpp alone knows either side.
+// Ragged token sequences to one flat batch, and examples to micro-batches.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace fastalign {
-
-// What the caller handed in is wrong; the message is one line that names the argument, its index
-// and its value.
-class InvalidInput : public std::invalid_argument {
- public:
-  explicit InvalidInput(const std::string& message) : std::invalid_argument(message) {}
-};
 
 // One token sequence, borrowed from the caller: `length` tokens and as many mask bytes, where any
 // byte but 0 means that the token is trained on.

@@ -1,0 +1,51 @@
+// What the binding files share: how Python objects become borrowed views, and who binds what.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace fastalign {
+
+namespace py = pybind11;
+
+void bind_packer(py::module_& m);
+
+inline std::string type_name(py::handle object) {
+  return py::str(py::type::handle_of(object).attr("__name__"));
+}
+
+// numpy's name for a buffer's element type, so that a message says int64 and not "l".
+inline std::string dtype_name(const py::buffer_info& info) {
+  return py::str(py::dtype(info));
+}
+
+template <typename T>
+bool holds(const py::buffer_info& info) {
+  return info.item_type_is_equivalent_to<T>();
+}
+
+// A borrowed one-dimensional contiguous buffer of one of the types Ts. It keeps the exporter's
+// memory alive, so the data may be read after the GIL is released.
+template <typename... Ts>
+py::buffer_info borrow(py::handle object, const std::string& name, const char* wanted) {
+  if (PyObject_CheckBuffer(object.ptr()) == 0) {
+    throw py::type_error(name + " must be an array of " + wanted + ", got a " + type_name(object));
+  }
+  py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request();
+  if (!(holds<Ts>(info) || ...)) {
+    throw py::value_error(name + " must be an array of " + wanted + ", got " + dtype_name(info));
+  }
+  if (info.ndim != 1) {
+    throw py::value_error(name + " must have 1 dimension, got " + std::to_string(info.ndim));
+  }
+  // The stride of an array of 0 or 1 elements means nothing.
+  if (info.size > 1 && info.strides[0] != info.itemsize) {
+    throw py::value_error(name + " must be contiguous, got a stride of " +
+                          std::to_string(info.strides[0]) + " bytes");
+  }
+  return info;
+}
+
+}  // namespace fastalign
