@@ -248,6 +248,7 @@ def load_records(
     strict: bool,
     seed: int,
     want: Kind | Sequence[Kind] | None = None,
+    empty_answers: bool = False,
 ) -> tuple[list[Record], DataReport]:
     """Read, check, filter and sample datasets; the records come in file order, not shuffled.
 
@@ -260,6 +261,7 @@ def load_records(
             (answers are dropped), ``preference`` and ``messages`` to ``completion`` (the chosen or
             last answer), ``completion`` and ``preference`` to ``messages``.  Where answers are
             imitated (``completion``, ``messages``), judged rows count only if they are fine.
+        empty_answers: A completion may say nothing: to be judged, not to be trained on.
 
     Raises:
         ConfigError: a missing, unreadable or empty file; columns that cannot serve; and, when
@@ -269,14 +271,27 @@ def load_records(
     records: list[Record] = []
     reports: list[SourceReport] = []
     for index, dataset in enumerate(datasets):
-        loaded, report = _load(dataset, index, strict=strict, seed=seed, targets=targets)
+        loaded, report = _load(
+            dataset,
+            index,
+            strict=strict,
+            seed=seed,
+            targets=targets,
+            empty_answers=empty_answers,
+        )
         records += loaded
         reports.append(report)
     return records, DataReport(tuple(reports))
 
 
 def _load(
-    dataset: DatasetConfig, index: int, *, strict: bool, seed: int, targets: tuple[Kind, ...]
+    dataset: DatasetConfig,
+    index: int,
+    *,
+    strict: bool,
+    seed: int,
+    targets: tuple[Kind, ...],
+    empty_answers: bool,
 ) -> tuple[list[Record], SourceReport]:
     drops = Drops()
     read: list[tuple[str, dict[str, Any]]] = []
@@ -314,7 +329,9 @@ def _load(
         raise ConfigError(f"{dataset.path}: none of {rows} rows can be used: {_summary(drops)}")
     found = tuple(dict.fromkeys(name for _, values in read for name in values))
     _check_renames(dataset, found)
-    renamed = [_Row(source, _rename(values, dataset.columns)) for source, values in read]
+    renamed = [
+        _Row(source, _rename(values, dataset.columns), empty_answers) for source, values in read
+    ]
     columns = frozenset(name for row in renamed for name in row.values)
     kind, target = _choose_kind(dataset.path, columns, found, targets)
 
@@ -779,8 +796,11 @@ def _choose_kind(
 
 @dataclass(frozen=True)
 class _Row:
+    """``empty_answers``: a completion may say nothing."""
+
     source: str
     values: dict[str, Any]
+    empty_answers: bool = False
 
     def get(self, name: str) -> Any:
         return self.values.get(name)
@@ -982,7 +1002,7 @@ def _answer(row: _Row, name: str, prompt: tuple[Message, ...]) -> str:
     """A completion given as text, as its one message, or as the prompt's messages and its own."""
     value = row.get(name)
     if value is None or isinstance(value, str):
-        text = _text(row, name, value)
+        text = _text(row, name, value, empty=row.empty_answers and value is not None)
         asked_as = row.get("prompt")
         # Whole dialogues beside their prompt: the answer is what follows it.
         if isinstance(asked_as, str) and _HH_PROMPT.fullmatch(asked_as):

@@ -13,15 +13,7 @@ from rich.console import Console
 
 from fastalign import __version__
 from fastalign.config import ConfigError, DatasetConfig, ModelConfig
-from fastalign.data import (
-    Drops,
-    Record,
-    RowError,
-    _read_rows,
-    _record,
-    _Row,
-    load_records,
-)
+from fastalign.data import Drops, Record, load_records
 from fastalign.episodes import Verdict, sampling_seed
 from fastalign.eval_pairs import (
     ask,
@@ -237,8 +229,13 @@ def _stored(path: str | None, prompts: Sequence[Record], drops: Drops) -> Answer
     once goes to the k-th time.  None without a file."""
     if path is None:
         return None
+    # Who says nothing loses, as a model that is asked here.
+    records, report = load_records(
+        [DatasetConfig(path=path)], strict=False, seed=0, want="completion", empty_answers=True
+    )
+    _join(drops, report.sources[0].drops)
     waiting: dict[str, list[str]] = {}
-    for record in reversed(_read_answers(path, drops)):
+    for record in reversed(records):
         waiting.setdefault(prompt_key(record), []).append(record.completion or "")
     found: list[str | None] = []
     for prompt in prompts:
@@ -247,46 +244,6 @@ def _stored(path: str | None, prompts: Sequence[Record], drops: Drops) -> Answer
         if found[-1] is None:
             drops.add(f"no answer in {path}", prompt.source)
     return Answers(tuple(found))
-
-
-def _read_answers(path: str, drops: Drops) -> list[Record]:
-    """Prompts with their answers in the order of the file.
-
-    Empty ones stay: who says nothing loses, as a model that is asked here.  Data for training
-    leave them out, so they are read beside the others.
-    """
-    dataset = DatasetConfig(path=path)
-    places: dict[str, int] = {}
-    empty: list[Record] = []
-    reasons: list[str] = []
-    for item in _read_rows(dataset):
-        if isinstance(item, RowError):
-            continue
-        source, values = item
-        places[source] = len(places)
-        name = "output" if "instruction" in values and "completion" not in values else "completion"
-        text = values.get(name)
-        if isinstance(text, str) and not text.strip():
-            # What is wrong with its prompt is said where all rows are read.
-            with contextlib.suppress(RowError):
-                prompt = _record(_Row(source, values), "prompt", 0)
-                empty.append(replace(prompt, kind="completion", completion=text))
-                reasons.append(f"{name}: empty")
-    if empty and len(empty) == len(places):
-        return empty
-    records, report = load_records([dataset], strict=False, seed=0, want="completion")
-    left_out = report.sources[0].drops
-    for reason in reasons:
-        left_out.counts[reason] -= 1
-    left_out.counts = {reason: count for reason, count in left_out.counts.items() if count}
-    _join(drops, left_out)
-
-    def place(record: Record) -> int:
-        # An answer of an episode has its number behind the row's source.
-        row = record.source if record.source in places else record.source.rpartition("[")[0]
-        return places[row]
-
-    return sorted([*records, *empty], key=place)
 
 
 def _sampled(

@@ -11,7 +11,7 @@ import numpy as np
 DRAWS = 2000
 TAILS = (0.025, 0.975)
 # Weights held at once: bounds memory, whatever is resampled how often.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from peft import load_peft_weights
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import JudgeConfig, ModelConfig, RolloutConfig
+from fastalign.config import ConfigError, JudgeConfig, ModelConfig, RolloutConfig
 from fastalign.judge import JudgeModel
 from fastalign.methods.base import JudgeKind
 from fastalign.model import (
@@ -22,7 +22,7 @@ from fastalign.model import (
     load_tokenizer,
     resolve_dtype,
 )
-from fastalign.rollout import RolloutEngine, make_engine
+from fastalign.rollout import EngineError, RolloutEngine, make_engine
 from fastalign.templates import Renderer
 
 
@@ -73,7 +73,7 @@ def open_model(
         seed: of the engine's own random state; requests bring theirs.
 
     Raises:
-        ConfigError: there is no such model or adapter.
+        ConfigError: there is no such model or adapter, or the one is not of the other.
         EngineError: the engine does not start.
     """
     tokenizer = load_tokenizer(config)
@@ -95,7 +95,13 @@ def open_model(
     try:
         if held is not None:
             tensors = load_peft_weights(path, device="cpu")
-            engine.load_adapter(POLICY, tensors, held.to_dict(), 0)
+            try:
+                engine.load_adapter(POLICY, tensors, held.to_dict(), 0)
+            except EngineError as error:
+                raise ConfigError(
+                    f"adapter_name_or_path = {path!r}: does not fit {config.model_name_or_path}: "
+                    f"{error}"
+                ) from None
         yield LocalModel(config, tokenizer, engine, POLICY if held else None, context)
     finally:
         engine.close()

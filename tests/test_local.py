@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.config import ConfigError, ModelConfig, RolloutConfig
 from fastalign.local import open_model
@@ -62,4 +62,19 @@ def test_a_model_that_is_not_there_is_named(sharp_llama: Path, tmp_path: Path) -
         model_name_or_path=str(sharp_llama), adapter_name_or_path=str(tmp_path)
     )
     with pytest.raises(ConfigError, match="adapter_name_or_path"), open_model(no_adapter, HF):
+        pass
+
+
+def test_an_adapter_of_another_model_is_named(
+    sharp_llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(sharp_llama)
+    config.hidden_size, config.intermediate_size = 2 * config.hidden_size, 96
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(sharp_llama).save_pretrained(tmp_path)
+    wrong = ModelConfig(model_name_or_path=str(tmp_path), adapter_name_or_path=str(adapter))
+    with (
+        pytest.raises(ConfigError, match=rf"= '{adapter}': does not fit {tmp_path}: .* has shape"),
+        open_model(wrong, HF),
+    ):
         pass
