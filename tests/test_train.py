@@ -1117,6 +1117,39 @@ def test_a_base_that_did_not_survive_its_sleep_stops_the_run(
         train(config)
 
 
+def test_a_reference_adapter_that_did_not_survive_its_sleep_stops_the_run(
+    sharp_llama, tmp_path, rule, monkeypatch
+):
+    made = recipe("sft", sharp_llama, tmp_path / "start", learning_rate=1e-2, **LORA)
+    train(made)
+    keys = online("dpo", rule) | {"use_peft": True, "adapter_name_or_path": made.output_dir}
+    config = recipe("dpo", sharp_llama, tmp_path / "run", **keys)
+
+    def sleep(engine):
+        original(engine)
+        if REFERENCE in engine._adapters:
+            with torch.no_grad():
+                for name, parameter in engine._peft.named_parameters():
+                    if f"lora_B.{REFERENCE}" in name:
+                        parameter.add_(0.3)
+
+    original = HfEngine.sleep
+    monkeypatch.setattr(HfEngine, "sleep", sleep)
+    with pytest.raises(EngineError, match="the reference adapter did not survive"):
+        train(config)
+
+
+def test_a_judge_that_cannot_be_measured_stops_the_run(sharp_llama, tmp_path, rule):
+    long = [row | {"chosen": "the sum " * 600} for row in rows("preference", 3, seed=5)]
+    known = [{"path": str(write_rows(tmp_path / "known.jsonl", long))}]
+    config = recipe("dpo", sharp_llama, tmp_path, **online("dpo", rule, judge_datasets=known))
+    with pytest.raises(
+        ConfigError,
+        match="judge_datasets: none of 3 pairs could be judged: 3 too long for the judge, 0 with",
+    ):
+        train(config)
+
+
 def test_few_samples_are_kept_of_many_answers(sharp_llama, tmp_path, rule):
     held_out = write_rows(tmp_path / "held-out.jsonl", rows("prompt", 11, seed=3))
     config = recipe(
