@@ -1,6 +1,6 @@
 """The native core (csrc/). Everything releases the GIL while it works or waits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Literal
@@ -214,6 +214,9 @@ class EpisodeStore:
         Raises:
             IndexError: there is none.
         """
+
+    def __iter__(self) -> Iterator[StoredRollout]:
+        """All rollouts, also those appended meanwhile."""
 
     def prompt(self, prompt: int) -> NDArray[np.int32]:
         """[P] a prompt by its number, a view as those of :class:`StoredRollout`."""

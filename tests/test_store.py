@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import re
 import resource
 import signal
 import tempfile
@@ -23,6 +24,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fastalign._bridge import CorruptJournal, EpisodeStore, StoredRollout
+from fastalign.episodes import sample_once
+from fastalign.rollout.engine import Rollout
 
 HOW = {"finish_reason": "stop", "seed": 0, "weight_version": 0}
 WINDOW = 1 << 22  # bytes, in csrc/store.h
@@ -564,3 +567,71 @@ def test_many_producers_and_consumers(tmp_path):
     for thread in consumers:
         thread.join(30)
     assert sorted(taken) == list(range(400))
+
+
+# ------------------------------------------------------------------ engine calls, made once
+
+PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2], [1, 2], [3])]
+SEEDS = [10, 11, 12]
+
+
+def answers() -> list[Rollout]:
+    return [
+        Rollout(np.arange(n, dtype=np.int32), np.full(n, -n, np.float32), reason, 4)
+        for n, reason in ((3, "stop"), (0, "stop"), (5, "length"))
+    ]
+
+
+def bits(rollouts: list[Rollout]) -> list[tuple[Any, ...]]:
+    return [
+        (r.token_ids.tobytes(), r.logprobs.tobytes(), r.finish_reason, r.weight_version)
+        for r in rollouts
+    ]
+
+
+def sampled_again() -> list[Rollout]:
+    raise AssertionError("sampled again")
+
+
+def test_an_engine_call_is_made_once(tmp_path):
+    path, said = tmp_path / "episodes" / "j", []
+    call = {"weights": "abc", "temperature": 0.7}
+    first = sample_once(path, call, PROMPTS, SEEDS, answers, said.append)
+    assert bits(first) == bits(answers()) and said == []
+    again = sample_once(path, call, PROMPTS, SEEDS, sampled_again, said.append)
+    assert bits(again) == bits(answers())
+    assert said == [f"{path}: 3 rollouts were sampled before, and are used"]
+    # An equal prompt is stored once.
+    with EpisodeStore(path) as store:
+        assert [rollout.prompt for rollout in store] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "prompts", "seeds", "why"),
+    [
+        ({"w": 2}, PROMPTS, SEEDS, "its rollouts are another call's"),
+        ({"w": 1}, [*PROMPTS[:2], PROMPTS[0]], SEEDS, "its rollouts are another call's"),
+        ({"w": 1}, PROMPTS, [10, 11, 13], "its rollouts are another call's"),
+        ({"w": 1}, PROMPTS[:2], SEEDS[:2], "it holds 3 of 2 rollouts"),
+    ],
+)
+def test_another_call_is_sampled_anew(tmp_path, call, prompts, seeds, why):
+    path, said = tmp_path / "j", []
+    sample_once(path, {"w": 1}, PROMPTS, SEEDS, answers, said.append)
+    new = sample_once(path, call, prompts, seeds, lambda: answers()[-len(seeds) :], said.append)
+    assert bits(new) == bits(answers()[-len(seeds) :])
+    assert said == [f"{path}: {why}; they are sampled anew"]
+    sample_once(path, call, prompts, seeds, sampled_again, said.append)
+
+
+def test_a_call_that_was_cut_short_or_damaged_is_sampled_anew(tmp_path):
+    path, said = tmp_path / "j", []
+    sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
+    assert re.search(r"it holds \d of 3 rollouts; they are sampled anew$", said[-1])
+    path.write_bytes(whole[:100] + b"?" + whole[101:])
+    sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
+    assert re.search(r"is damaged: entry at byte \d+, .*; they are sampled anew$", said[-1])
+    sample_once(path, {}, PROMPTS, SEEDS, sampled_again, said.append)

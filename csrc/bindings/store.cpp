@@ -266,6 +266,10 @@ void bind_store(py::module_& m) {
       .def("take", &take, py::arg("n") = 1, py::arg("timeout") = py::none())
       .def("__len__", &Store::size)
       .def("__getitem__", &Store::rollout, py::arg("rollout"))
+      .def("__iter__",
+           [](const py::object& self) {
+             return py::reinterpret_steal<py::object>(PySeqIter_New(self.ptr()));
+           })
       .def(
           "prompt", [](Store& store, std::int64_t index) { return view(store.prompt(index)); },
           py::arg("prompt"))
