@@ -137,7 +137,7 @@ class EpisodeStore:
         Args:
             path: of the file; None: a file without a name in TMPDIR, which goes with the store.
             max_bytes: of the file that stay mapped into memory without anybody holding them; the
-                rest is mapped again when it is asked for. Beside it the store keeps about 72 bytes
+                rest is mapped again when it is asked for. Beside it the store keeps about 64 bytes
                 for each rollout.
             capacity: rollouts that may wait to be taken before :meth:`append` waits; None: any
                 number.
