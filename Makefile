@@ -9,6 +9,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 SEED ?= 0
 WORKERS ?= 2
+RUNS ?= 1000000
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -35,7 +36,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test test-sanitize bench gpu demo clean
+.PHONY: help .venv build lint format test test-sanitize fuzz bench gpu demo clean
 
 help: ## Show this help
 	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +48,7 @@ help: ## Show this help
 	@echo '  PIP_ARGS    options for every pip install [$(PIP_ARGS)]'
 	@echo '  SEED        of the demonstration [$(SEED)]'
 	@echo '  WORKERS     processes that the tests are spread over [$(WORKERS)]'
+	@echo '  RUNS        inputs of fuzz [$(RUNS)]'
 	@echo '  PART        of gpu: kernels, bench, train or sanitize [all]'
 	@echo '  WHEELS      folder of wheels that gpu uses beside what is installed'
 	@echo '  OUT         folder for the results of gpu [bench/results]'
@@ -109,6 +111,17 @@ test-sanitize: .venv ## Run the C++ tests with address, undefined-behaviour and 
 		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2; \
 		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --output-on-failure; \
 	done
+
+fuzz: .venv ## Fuzz the reader of the episode store's journal with RUNS inputs
+	@command -v clang++ >/dev/null || { echo 'make fuzz needs clang++ and its runtime with' \
+		'libFuzzer: apt-get install clang libclang-rt-14-dev, or their newer versions'; exit 1; }
+	$(BIN)/cmake -S . -B build/fuzz -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DFASTALIGN_EXTENSION=OFF -DFASTALIGN_FUZZ=ON \
+		-DFASTALIGN_SANITIZE=address,undefined,fuzzer-no-link
+	$(BIN)/cmake --build build/fuzz --parallel 2
+	build/fuzz/journal_seeds build/fuzz/corpus
+	build/fuzz/journal_fuzz -runs=$(RUNS) -max_len=4096 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
+		build/fuzz/corpus
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench

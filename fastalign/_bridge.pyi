@@ -1,6 +1,9 @@
-"""The native batching core (csrc/). Both functions release the GIL while they work."""
+"""The native core (csrc/). Everything releases the GIL while it works or waits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +78,170 @@ def plan(lengths: NDArray[np.int64], budget: int, ranks: int) -> list[list[list[
         TypeError: ``lengths`` has no buffer.
         ValueError: a value out of range, or an array of another dtype, shape or stride.
     """
+
+class CorruptJournal(ValueError):
+    """A file that cannot be the journal of an :class:`EpisodeStore`: something else, another
+    version, or damaged before its last commit. The message names file and offset."""
+
+class Recovery:
+    """What opening a journal found.
+
+    Attributes:
+        end: bytes of the file that are whole; what is appended goes on here.
+        dropped: bytes behind them that were cut off, never committed.
+        reason: why, with the offset; None where nothing was dropped.
+    """
+
+    end: int
+    dropped: int
+    reason: str | None
+
+class StoredRollout:
+    """A rollout in an :class:`EpisodeStore`; its arrays are read-only views of the file, without a
+    copy, and live on for as long as anyone holds them.
+
+    Attributes:
+        index: its number in the store, from 0.
+        prompt, settings: their numbers in the store.
+        token_ids: int32 [L].
+        logprobs: float32 [L].
+    """
+
+    index: int
+    prompt: int
+    settings: int
+    seed: int
+    weight_version: int
+    finish_reason: Literal["stop", "length"]
+    @property
+    def token_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def logprobs(self) -> NDArray[np.float32]: ...
+
+class EpisodeStore:
+    """Rollouts, appended by samplers and taken by trainers, in a journal that survives them.
+
+    Any number of threads may use it at the same time. What a method appended survives the death of
+    the process; after :meth:`commit` it survives that of the machine.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        max_bytes: int = 2**28,
+        capacity: int | None = None,
+    ) -> None:
+        """Open the journal, or begin one. All rollouts that it holds are to be taken (again).
+
+        Args:
+            path: of the file; None: a file without a name in TMPDIR, which goes with the store.
+            max_bytes: of the file that stay mapped into memory without anybody holding them; the
+                rest is mapped again when it is asked for. Beside it the store keeps about 64 bytes
+                for each rollout.
+            capacity: rollouts that may wait to be taken before :meth:`append` waits; None: any
+                number.
+
+        Raises:
+            CorruptJournal: see there; the file is left as it is.
+            OSError: the file cannot be opened, read or written, or another store has it open
+                (BlockingIOError).
+        """
+
+    @property
+    def recovery(self) -> Recovery:
+        """What was found at ``path``."""
+
+    def append_prompt(self, token_ids: Sequence[int] | NDArray[np.int32 | np.int64]) -> int:
+        """Store a prompt; returns its number.
+
+        Raises:
+            ValueError: an id is outside 0 to 2^31 - 1, or the store is closed.
+            TypeError: an item is no integer.
+            OSError: the file cannot be written; nothing has changed.
+        """
+
+    def append_settings(self, settings: bytes) -> int:
+        """Store what many rollouts have in common: how they were sampled; returns its number."""
+
+    def append(
+        self,
+        prompt: int,
+        settings: int,
+        token_ids: Sequence[int] | NDArray[np.int32 | np.int64],
+        logprobs: Sequence[float] | NDArray[np.float32 | np.float64],
+        *,
+        finish_reason: Literal["stop", "length"],
+        seed: int,
+        weight_version: int,
+        timeout: float | None = None,
+    ) -> int:
+        """Store a rollout; returns its number.
+
+        Args:
+            prompt, settings: their numbers.
+            token_ids, logprobs: [L], a list, a tuple or an array each.
+            timeout: seconds to wait where ``capacity`` rollouts are there to be taken; None: for
+                ever. Ctrl-C ends a wait.
+
+        Raises:
+            ValueError: lengths differ, a value is out of range, the prompt or the settings are not
+                in the store, or the store is closed, also while waiting.
+            TypeError: an item is no number.
+            TimeoutError: the time was up; nothing has changed.
+            OSError: the file cannot be written; nothing has changed.
+        """
+
+    def annotate(self, rollout: int, note: bytes) -> None:
+        """Add a judgment, a score or anything else to a rollout."""
+
+    def take(self, n: int = 1, timeout: float | None = None) -> list[StoredRollout]:
+        """The oldest ``n`` rollouts that nobody took since the store was opened.
+
+        Waits until there are so many. Once ``timeout`` seconds are over or the store is closed, it
+        returns those there are, maybe none. Ctrl-C ends a wait.
+
+        Raises:
+            ValueError: ``n`` is not from 1 to ``capacity``, or ``timeout`` is negative.
+        """
+
+    def __len__(self) -> int:
+        """Number of rollouts, taken or not."""
+
+    def __getitem__(self, rollout: int) -> StoredRollout:
+        """A rollout by its number, from 0.
+
+        Raises:
+            IndexError: there is none.
+        """
+
+    def __iter__(self) -> Iterator[StoredRollout]:
+        """All rollouts, also those appended meanwhile."""
+
+    def prompt(self, prompt: int) -> NDArray[np.int32]:
+        """[P] a prompt by its number, a view as those of :class:`StoredRollout`."""
+
+    def settings(self, settings: int) -> bytes:
+        """Settings by their number."""
+
+    def notes(self, rollout: int) -> list[bytes]:
+        """What was added to a rollout, oldest first."""
+
+    def commit(self) -> None:
+        """Return once everything appended is on the disk. Calls at the same time share a sync.
+
+        Raises:
+            OSError: the disk failed; the store takes nothing any more.
+        """
+
+    def close(self) -> None:
+        """Commit, end all waits, and let others open the file. Nothing can be appended any more;
+        what is there can still be taken and read."""
+
+    def __enter__(self) -> EpisodeStore: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...

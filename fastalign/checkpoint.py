@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from fastalign.config import Config, ConfigError, dump_config, parse_config
 from fastalign.data import Example, Stream
-from fastalign.episodes import Episode
 from fastalign.model import POLICY, TrainedModel
 
 PREFIX = "checkpoint-"
@@ -42,15 +41,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Pending:
-    """What an online round has when it is interrupted.
+    """What an online round has when it is interrupted, beside what it sampled, which is kept in
+    the journal of the round.
 
     Attributes:
         examples: the round's, all of them, once it is judged.
-        episodes: this rank's share of what was drawn and could not be judged yet; None before.
     """
 
     examples: Sequence[Example] = ()
-    episodes: list[Episode] | None = None
 
 
 def save_checkpoint(
@@ -71,9 +69,6 @@ def save_checkpoint(
     if position.references:
         _save_reference(model, aside / REFERENCE_FILE)
     torch.save(_random_state(), aside / f"random-{rank}.pt")
-    if pending.episodes is not None:
-        lines = "".join(episode.to_json() + "\n" for episode in pending.episodes)
-        (aside / f"drawn-{rank}.jsonl").write_text(lines, encoding="utf-8")
     if rank == 0:
         if pending.examples:
             save_examples(aside / "pending.npz", pending.examples)
@@ -147,13 +142,8 @@ def load_checkpoint(model: TrainedModel, config: Config, path: Path) -> tuple[Po
 
 
 def _load_pending(path: Path) -> Pending:
-    examples, drawn = path / "pending.npz", path / f"drawn-{dist.get_rank()}.jsonl"
-    episodes = None
-    if drawn.is_file():
-        # Lines end at \n alone: texts may hold others that str.splitlines would cut at.
-        lines = drawn.read_text(encoding="utf-8").split("\n")[:-1]
-        episodes = [Episode.from_json(line) for line in lines]
-    return Pending(load_examples(examples) if examples.is_file() else (), episodes)
+    examples = path / "pending.npz"
+    return Pending(load_examples(examples) if examples.is_file() else ())
 
 
 def save_start(model: TrainedModel, output_dir: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastalign._bridge import EpisodeStore
 from fastalign.rollout.engine import Rollout
 
 FAULTS = ("empty", "unchanged")
@@ -213,6 +215,76 @@ def sampling_seed(seed: int, round_index: int, prompt: int, sample: int) -> int:
     """The seed of one draw: a function of what is drawn, not of who draws it or when."""
     state = np.random.SeedSequence((seed, round_index, prompt, sample)).generate_state(1)
     return int(state[0] >> 1)
+
+
+def sample_once(
+    path: Path,
+    call: Mapping[str, Any],
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    generate: Callable[[], list[Rollout]],
+    say: Callable[[str], None],
+) -> list[Rollout]:
+    """What ``generate`` returns for these prompts and seeds, committed to the journal at ``path``;
+    or, where that holds all of it for the same call, prompts and seeds, what it returned then.
+
+    Args:
+        call: what else decides what is sampled, as JSON takes it.
+        prompts: int32 [P_i] each; equal ones follow each other.
+        say: told what was found in a journal.
+
+    Returns:
+        Rollouts whose arrays are views of the journal.
+    """
+    settings = json.dumps(call, sort_keys=True).encode()
+    if path.exists():
+        try:
+            with EpisodeStore(path) as store:
+                _check_call(store, settings, prompts, seeds)
+                say(f"{path}: {len(store)} rollouts were sampled before, and are used")
+                return _rollouts(store)
+        except ValueError as error:
+            say(f"{path}: {error}; they are sampled anew")
+            path.unlink()
+    rollouts = generate()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with EpisodeStore(path) as store:
+        number, prompt = store.append_settings(settings), -1
+        for i, (ids, seed, rollout) in enumerate(zip(prompts, seeds, rollouts, strict=True)):
+            if i == 0 or not np.array_equal(ids, prompts[i - 1]):
+                prompt = store.append_prompt(ids)
+            store.append(
+                prompt,
+                number,
+                rollout.token_ids,
+                rollout.logprobs,
+                finish_reason=rollout.finish_reason,
+                seed=seed,
+                weight_version=rollout.weight_version,
+            )
+        return _rollouts(store)
+
+
+def _check_call(
+    store: EpisodeStore, settings: bytes, prompts: Sequence[np.ndarray], seeds: Sequence[int]
+) -> None:
+    """Raises ValueError unless the store holds every rollout of this call and no other."""
+    if len(store) != len(seeds):
+        raise ValueError(f"it holds {len(store)} of {len(seeds)} rollouts")
+    for stored, ids, seed in zip(store, prompts, seeds, strict=True):
+        if (
+            stored.seed != seed
+            or store.settings(stored.settings) != settings
+            or not np.array_equal(store.prompt(stored.prompt), ids)
+        ):
+            raise ValueError("its rollouts are another call's")
+
+
+def _rollouts(store: EpisodeStore) -> list[Rollout]:
+    return [
+        Rollout(stored.token_ids, stored.logprobs, stored.finish_reason, stored.weight_version)
+        for stored in store
+    ]
 
 
 def rollout_metrics(episodes: Sequence[Episode], max_length: int) -> dict[str, float]:

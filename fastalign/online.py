@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,14 @@ from fastalign.batch import make_batch
 from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
 from fastalign.endpoint import Endpoint, JudgeError
-from fastalign.episodes import Episode, Verdict, drift, rollout_metrics, sampling_seed
+from fastalign.episodes import (
+    Episode,
+    Verdict,
+    drift,
+    rollout_metrics,
+    sample_once,
+    sampling_seed,
+)
 from fastalign.judge_quality import compare_blind, quality
 from fastalign.methods.base import plain_prompt
 from fastalign.model import POLICY, REFERENCE, TrainedModel
@@ -27,6 +35,8 @@ from fastalign.run import Run
 from fastalign.templates import Renderer
 
 SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
+LOG = "episodes"
+"""Folder in output_dir: what each round sampled, for people, and the journals of its calls."""
 FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
@@ -95,13 +105,15 @@ def push_weights(run: Run) -> None:
             frozenset(run.model.named_weights()),
             run.version,
         )
+    run.weights = report.digest
     run.tracker.phase(f"sync {report.seconds:.1f} s")
 
 
 def draw(
     run: Run, prompts: Sequence[Record], round_index: int
 ) -> tuple[list[Episode], dict[str, float]]:
-    """This rank's share of a round: new prompts and what the current model answers to them."""
+    """This rank's share of a round: new prompts and what the current model answers to them, or
+    has answered already to a run that ended later in this round."""
     assert run.config.online is not None
     size = run.config.online.prompts_per_iteration
     first = round_index * size
@@ -117,7 +129,8 @@ def draw(
         n = run.config.online.num_generations
         assert run.engine is not None
         with _prefix_cached(timings, "rollout/prefix_cached", run.engine):
-            episodes = sample(run, mine, round_index, n, run.method.rollout_prompt)
+            journal = Path(run.config.output_dir, LOG, f"{round_index:04d}-{run.rank}.journal")
+            episodes = sample(run, mine, round_index, n, run.method.rollout_prompt, journal)
     return episodes, timings
 
 
@@ -147,7 +160,7 @@ def collect(
         (e for part in _gather_objects(episodes) for e in part), key=lambda e: e.index
     )
     if run.rank == 0:
-        folder = Path(config.output_dir, "episodes")
+        folder = Path(config.output_dir, LOG)
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(e.to_json() + "\n" for e in episodes)
         (folder / f"{round_index:04d}.jsonl").write_text(text, encoding="utf-8")
@@ -175,18 +188,31 @@ def sample(
     round_index: int,
     num_generations: int,
     prompt_of: Callable[[Record, Renderer], np.ndarray] = plain_prompt,
+    journal: Path | None = None,
 ) -> list[Episode]:
     """Draw ``num_generations`` completions for each prompt, worded by ``prompt_of``, from the
-    policy."""
+    policy; with a ``journal`` once, however often the run is killed."""
     config, engine, n = run.config, run.engine, num_generations
     assert engine is not None
     tokenised = [prompt_of(record, run.renderers[record.dataset]) for _, record in prompts]
-    rollouts = engine.generate(
-        [ids for ids in tokenised for _ in range(n)],
-        sampling_settings(run),
-        [sampling_seed(config.seed, round_index, i, k) for i, _ in prompts for k in range(n)],
-        adapter=POLICY if run.model.uses_adapter else None,
+    asked = [ids for ids in tokenised for _ in range(n)]
+    seeds = [sampling_seed(config.seed, round_index, i, k) for i, _ in prompts for k in range(n)]
+    settings = sampling_settings(run)
+    generate = partial(
+        engine.generate, asked, settings, seeds, POLICY if run.model.uses_adapter else None
     )
+    if journal is None:
+        rollouts = generate()
+    else:
+        # With prompts and seeds everything that decides what is sampled.
+        call = {
+            "model": config.model_name_or_path,
+            "revision": config.model_revision,
+            "engine": engine.name,
+            "weights": run.weights,
+            "settings": asdict(settings),
+        }
+        rollouts = sample_once(journal, call, asked, seeds, generate, run.tracker.say)
     return [
         make_episode(run, index, record, ids, tuple(rollouts[k * n : (k + 1) * n]))
         for k, ((index, record), ids) in enumerate(zip(prompts, tokenised, strict=True))

@@ -29,7 +29,8 @@ class Run:
 
     ``asked``: the server or the model beside the policy that judges, by the recipe's section;
     ``judge_pairs``: what that judge is measured on, and ``judge_measured`` its version when it was;
-    ``reference_pushed``: which version of the reference adapter the engine holds.
+    ``reference_pushed``: which version of the reference adapter the engine holds;
+    ``weights``: the digest of the policy's weights, or of its adapter, that it was given last.
     """
 
     config: Config
@@ -44,6 +45,7 @@ class Run:
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
     judge_pairs: Sequence[Record] = ()
     version: int = 0
+    weights: str = ""
     frozen_logprobs: dict[str | None, np.ndarray] = field(default_factory=dict)
     reference_pushed: int | None = None
     judge_measured: int | None = None

@@ -35,7 +35,6 @@ from fastalign.data import (
     split_records,
 )
 from fastalign.endpoint import BudgetSpent, Endpoint
-from fastalign.episodes import Episode
 from fastalign.evaluate import Evaluator
 from fastalign.judge import JudgeModel, load_rule
 from fastalign.local import make_renderer
@@ -688,7 +687,7 @@ def run_rounds(
             examples = pending.examples
         else:
             position = _move_reference(run, position)
-            examples, collected = new_round(run, rounds, position, pending.episodes)
+            examples, collected = new_round(run, rounds, position)
             metrics |= collected
         pending = checkpoint.Pending(examples if config.online else ())
         for batch_index, batch in batches(config, examples, position):
@@ -732,24 +731,14 @@ def _move_reference(run: Run, position: checkpoint.Position) -> checkpoint.Posit
 
 
 def new_round(
-    run: Run,
-    rounds: Rounds,
-    position: checkpoint.Position,
-    drawn: list[Episode] | None,
+    run: Run, rounds: Rounds, position: checkpoint.Position
 ) -> tuple[list[Example], dict[str, float]]:
-    """Examples of the current model's answers to new prompts, or to those it has ``drawn`` already
-    before the run was paused."""
-    episodes = drawn
-    with _pausing(run, position, checkpoint.Pending(episodes=drawn)):
-        timings = measure_judge(run)
-    if episodes is None:
-        episodes, drawing = draw(run, rounds.prompts, position.round)
-        timings |= drawing
-    else:
-        wake(run)
-    with _pausing(run, position, checkpoint.Pending(episodes=episodes)):
+    """Examples of the current model's answers to new prompts."""
+    with _pausing(run, position, checkpoint.Pending()):
+        measured = measure_judge(run)
+        episodes, timings = draw(run, rounds.prompts, position.round)
         examples, collected = collect(run, episodes, position.round)
-    collected |= timings
+    collected |= measured | timings
     run.tracker.log(position.step, collected, show=False)
     if not examples:
         run.tracker.say(f"round {position.round + 1} of {rounds.count}: nothing to train on")

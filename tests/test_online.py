@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastalign.episodes import Episode
 from fastalign.methods import make_method
 from fastalign.model import load_tokenizer
 from fastalign.rollout import choose_judge_engine
+from fastalign.rollout.hf import HfEngine
 from fastalign.run import Run
 from fastalign.templates import Renderer, WrittenTemplate
 from fastalign.train import Paused, train
@@ -193,7 +195,7 @@ def test_a_run_that_is_paused_ends_where_an_undisturbed_one_does(
         f"tokens, 30 completion tokens; {config.output_dir}/checkpoint-0 is saved: raise it and "
         "continue with --resume"
     )
-    assert len(server.asked) == 3 and not Path(config.output_dir, "episodes").exists()
+    assert len(server.asked) == 3 and not rounds(config)
     # The same limit stops it again, and no rollout is needed to find out.
     assert main(["train", str(path), "--resume"]) == 75
     assert len(server.asked) == 3
@@ -215,31 +217,78 @@ def test_a_run_that_is_paused_ends_where_an_undisturbed_one_does(
                 assert np.array_equal(x.token_ids, y.token_ids)
 
 
-def test_what_was_drawn_waits_in_the_checkpoint(server, sharp_llama, tmp_path, monkeypatch):
+def test_what_was_sampled_is_not_sampled_again(server, sharp_llama, tmp_path, monkeypatch):
     """A sampler that would answer otherwise next time (a GPU's) is not asked again."""
-    config = online(sharp_llama, tmp_path, by_server(server, max_requests=2))
-    with pytest.raises(Paused):
-        train(config)
-    judged: list[Episode] = []
+    judged: list[list[Episode]] = []
     collect = loop.collect
 
     def watch(run: Run, episodes: list[Episode], index: int) -> Any:
-        judged.extend(episodes)
+        judged.append(episodes)
         return collect(run, episodes, index)
 
-    (saved,) = Path(config.output_dir, "checkpoint-0").glob("drawn-*.jsonl")
-    drawn = [Episode.from_json(line) for line in saved.read_text().splitlines()]
     monkeypatch.setattr(loop, "collect", watch)
+    config = online(sharp_llama, tmp_path, by_server(server, max_requests=2))
     with pytest.raises(Paused):
-        train(changed(config, resume_from_checkpoint=True))
-    assert [e.to_json() for e in judged] == [e.to_json() for e in drawn]
-    assert len(drawn) == 5 and all(len(e.rollouts) == 2 for e in drawn)
-    monkeypatch.undo()
+        train(config)
+
+    def sampled_again(*_: Any) -> None:
+        raise AssertionError("sampled again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HfEngine, "generate", sampled_again)
+        with pytest.raises(Paused):
+            train(changed(config, resume_from_checkpoint=True))
+    first, again = ([e.to_json() for e in episodes] for episodes in judged)
+    assert first == again and len(first) == 5
     server.answer = staticmethod(lambda question: (200, "It is wrong."))
-    judge = by_server(server)
-    train(changed(config, resume_from_checkpoint=True, judge=judge))
-    texts = [e.texts for e in rounds(config)[0]]
-    assert texts == [e.texts for e in sorted(drawn, key=lambda e: e.index)]
+    train(changed(config, resume_from_checkpoint=True, judge=by_server(server)))
+    drawn = sorted(judged[0], key=lambda e: e.index)
+    assert [e.texts for e in rounds(config)[0]] == [e.texts for e in drawn]
+
+
+DEADLY_RULE = """
+import os, signal
+from pathlib import Path
+
+fatal = [Path(__file__).with_name(name) for name in ("first", "second")]
+
+def written(prompt, text):
+    global asked
+    asked += 1
+    # In the middle of judging, in each round once.
+    for number, path in enumerate(fatal):
+        if asked == 10 * number + 6 and not path.exists():
+            path.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return None if len(text) % 3 == 0 else f"Has {len(text)} letters."
+
+asked = 0
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_uses_what_it_sampled(rule, sharp_llama, tmp_path):
+    """SIGKILL while the first round is judged, and, after a checkpoint, while the second is."""
+    whole = online(sharp_llama, tmp_path / "whole", rule, save_steps=1)
+    train(whole)
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(DEADLY_RULE)
+    config = online(sharp_llama, tmp_path / "killed", {"path": f"{deadly}:written"}, save_steps=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "fastalign", "train", str(path), "--resume"]
+    runs = [
+        subprocess.run(
+            command, env=outside_environment(), capture_output=True, text=True, timeout=300
+        )
+        for _ in range(3)
+    ]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL, -signal.SIGKILL, 0], runs
+    used = [re.findall(r"(\d+)-0.journal: 10 rollouts were sampled before", r.stderr) for r in runs]
+    assert used == [[], ["0000"], ["0001"]]
+    assert same(result(config), result(whole))
+    for ours, theirs in zip(rounds(config), rounds(whole), strict=True):
+        assert [(e.texts, e.judgments) for e in ours] == [(e.texts, e.judgments) for e in theirs]
 
 
 def prefers_longer(question: str) -> tuple[int, str]:
@@ -333,7 +382,8 @@ def test_a_pause_leaves_a_whole_checkpoint(server, sharp_llama, tmp_path):
     last = checkpoint.checkpoints(Path(config.output_dir))[-1]
     position = json.loads((last / "position.json").read_text())
     assert (position["round"], position["batch"]) == (1, 0)
-    assert not (last / "pending.npz").exists() and (last / "drawn-0.jsonl").is_file()
+    assert not (last / "pending.npz").exists()
+    assert Path(config.output_dir, "episodes/0001-0.journal").is_file()
     # What decides the judgments may not change in between.
     with pytest.raises(ConfigError, match=r"judge\.endpoint\.temperature = 0\.0, the recipe says"):
         judge = by_server(server, temperature=1.0)

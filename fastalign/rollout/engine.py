@@ -79,12 +79,14 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One weight transfer, proven by content."""
+    """One weight transfer, proven by content; ``digest`` is of all tensors as the engine holds
+    them, the same for the same bits."""
 
     version: int
     tensors: int
     bytes: int
     seconds: float
+    digest: str
 
 
 def check_prompts(

@@ -27,7 +27,7 @@ from fastalign.rollout.engine import (
     SyncReport,
     check_prompts,
 )
-from fastalign.rollout.sync import Fingerprint, fingerprint, verify
+from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 
 # Padded tokens of one prompt pass: bounds its activations, whatever max_num_seqs is.
 _PREFILL_TOKENS = 32768
@@ -183,7 +183,7 @@ class HfEngine:
         verify(sent, received, frozenset(self._parameters))
         self._failure = None
         self._version = version
-        return SyncReport(version, len(sent), size, time.perf_counter() - start)
+        return SyncReport(version, len(sent), size, time.perf_counter() - start, digest(sent))
 
     def load_adapter(
         self,
@@ -223,7 +223,7 @@ class HfEngine:
         received = {key: fingerprint(x) for key, x in _adapter_tensors(self._peft, name).items()}
         verify(sent, received, frozenset(tensors))
         self._adapters[name] = version
-        return SyncReport(version, len(sent), size, time.perf_counter() - start)
+        return SyncReport(version, len(sent), size, time.perf_counter() - start, digest(sent))
 
     def sleep(self) -> None:
         """Move the replica to host memory.  On a CPU there is nothing to give up."""

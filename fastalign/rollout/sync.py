@@ -7,6 +7,7 @@ the engine's log-probabilities have to follow and to come back.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -84,6 +85,11 @@ def _add(total: torch.Tensor, piece: torch.Tensor, weights_L: torch.Tensor, firs
 def _wrap(value: int) -> int:
     """``value`` modulo 2**64 as a signed integer, the way int64 tensors count."""
     return (value + 2**63) % 2**64 - 2**63
+
+
+def digest(sent: Mapping[str, Fingerprint]) -> str:
+    """One name for the content of many tensors."""
+    return hashlib.sha256(repr(sorted(sent.items())).encode()).hexdigest()
 
 
 def verify(

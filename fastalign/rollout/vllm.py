@@ -37,7 +37,7 @@ from fastalign.rollout.engine import (
     SyncReport,
     check_prompts,
 )
-from fastalign.rollout.sync import Fingerprint, fingerprint, verify
+from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 
 # vLLM accepts these maximal ranks alone.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -294,7 +294,13 @@ class VllmEngine:
         self._reset_prefix_cache()
         self._stale = None
         self._version = version
-        return SyncReport(version, len(transfer.sent), transfer.bytes, time.perf_counter() - start)
+        return SyncReport(
+            version,
+            len(transfer.sent),
+            transfer.bytes,
+            time.perf_counter() - start,
+            digest(transfer.sent),
+        )
 
     def load_adapter(
         self,
@@ -341,7 +347,8 @@ class VllmEngine:
             raise
         self._adapters[name] = adapter
         size = sum(tensor.numel() * tensor.element_size() for tensor in folded.values())
-        return SyncReport(version, len(folded), size, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return SyncReport(version, len(folded), size, seconds, digest(adapter.sent))
 
     def sleep(self) -> None:
         """Give up device memory; on a CPU drop the prefix cache, all else being shared anyway.
