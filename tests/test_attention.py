@@ -1,0 +1,125 @@
+"""Attention over packs against plain attention over each sequence on its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastalign.attention import Segments, _gathered, packed_attention
+
+# (tokens of the prompt, tokens of each response): a prompt without responses is a whole sequence.
+Groups = list[tuple[int, list[int]]]
+GROUPS: list[Groups] = [
+    [(5, [])],
+    [(1, [1, 1])],
+    [(7, [3, 5]), (4, []), (1, [2]), (16, [1, 9, 4])],
+    [(3, []), (2, []), (9, [])],
+]
+
+
+def layout(groups: Groups) -> tuple[list[int], list[int]]:
+    lengths: list[int] = []
+    parents: list[int] = []
+    for prompt, responses in groups:
+        parent = len(lengths)
+        lengths += [prompt, *responses]
+        parents += [-1, *[parent] * len(responses)]
+    return lengths, parents
+
+
+def tensors(lengths: list[int], heads: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(len(lengths))
+    many, few = heads
+    return [
+        torch.randn(1, h, sum(lengths), 8, dtype=dtype, requires_grad=True)
+        for h in (many, few, few)
+    ]
+
+
+def plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[list[int]]
+) -> torch.Tensor:
+    """Softmax over the tokens that each token sees, in words of mathematics: [1, T, H, d]."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    rows = []
+    for t, tokens in enumerate(seen):
+        scores = torch.einsum("hd,hkd->hk", q[0, :, t], k[0][:, tokens]) / q.shape[-1] ** 0.5
+        rows.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), v[0][:, tokens]))
+    return torch.stack(rows)[None]
+
+
+def seen_by(lengths: list[int], parents: list[int]) -> list[list[int]]:
+    starts = [0, *itertools.accumulate(lengths)]
+    seen = []
+    for s, (n, parent) in enumerate(zip(lengths, parents, strict=True)):
+        before = list(range(starts[parent], starts[parent + 1])) if parent >= 0 else []
+        seen += [before + list(range(starts[s], starts[s] + t + 1)) for t in range(n)]
+    return seen
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_values_and_gradients_are_those_of_plain_attention(groups, heads):
+    lengths, parents = layout(groups)
+    q, k, v = tensors(lengths, heads, torch.float64)
+    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=Segments.of(lengths, parents))
+    expected = plainly(q, k, v, seen_by(lengths, parents))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_without_segments_all_is_one_sequence():
+    q, k, v = tensors([6], (2, 2), torch.float64)
+    out, _ = packed_attention(nn.Module(), q, k, v, None)
+    torch.testing.assert_close(out, plainly(q, k, v, seen_by([6], [-1])))
+
+
+def test_a_window_ends_what_a_token_sees():
+    lengths = [9, 3]
+    q, k, v = tensors(lengths, (2, 2), torch.float64)
+    segments = Segments.of(lengths)
+    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments, sliding_window=4)
+    seen = [tokens[-4:] for tokens in seen_by(lengths, [-1, -1])]
+    torch.testing.assert_close(out, plainly(q, k, v, seen))
+    shared = Segments.of(lengths, [-1, 0])
+    with pytest.raises(NotImplementedError, match="a sliding window is not shared"):
+        packed_attention(nn.Module(), q, k, v, None, segments=shared, sliding_window=4)
+
+
+groups_lists = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=5
+)
+
+
+@given(groups_lists)
+@settings(max_examples=50)
+def test_keys_are_gathered_for_a_kernel_of_variable_lengths(groups):
+    """What a GPU's kernel is given: query s is the end of its keys, and gradients add up."""
+    lengths, parents = layout(groups)
+    segments = Segments.of(lengths, parents)
+    x = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
+    gathered = _gathered(x, segments)
+    starts = [0, *itertools.accumulate(lengths)]
+    wanted = []
+    for s, parent in enumerate(parents):
+        if parent >= 0:
+            wanted.append(x[starts[parent] : starts[parent + 1]])
+        wanted.append(x[starts[s] : starts[s + 1]])
+        assert segments.cu_keys[s + 1] - segments.cu_keys[s] == segments.keys[s]
+    assert torch.equal(gathered, torch.cat(wanted))
+    weights = torch.randn_like(gathered)
+    (found,) = torch.autograd.grad((gathered * weights).sum(), x)
+    (expected,) = torch.autograd.grad((torch.cat(wanted) * weights).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    for _, tokens in segments.shared_keys:
+        assert len(tokens.unique()) == len(tokens)
