@@ -130,7 +130,7 @@ class Evaluator:
                 policy, _ = run.model.engine(pack)
                 with run.model.reference() as forward:
                     reference, _ = forward(pack)
-                live = (pack.weights > 0)[pack.records].repeat_interleave(pack.cu_rows.diff())
+                live = (pack.weights > 0)[pack.records][pack.streams]
                 result += total((policy - reference)[live])
         return result
 

@@ -86,8 +86,9 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states of the rows that carry a loss, [M, D]."""
+        assert batch.key_index is None, "no attention over shared prefixes yet"
         if self.packed:
-            packing = {"cu_seqlens": batch.cu_seqlens, "bounds": batch.bounds}
+            packing = {"cu_seqlens": batch.cu_seqlens_q, "bounds": batch.bounds}
             return self._body(batch.input_ids, batch.positions, packing)[batch.rows]
         spans = list(itertools.pairwise(batch.bounds))
         if self.sharded:

@@ -861,7 +861,8 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
     for group in model.optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     denominator = run.method.denominator(examples)
-    packs = plan_batches(examples, config.micro_batch_tokens, run.rank, run.world_size)
+    cost = run.operations.cost(run.method.needs_reference)
+    packs = plan_batches(examples, config.micro_batch_tokens, run.rank, run.world_size, cost)
     sums: Metrics = {}
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     run.tracker.phase("train")

@@ -66,7 +66,7 @@ def tiny_qwen3_5(**keys) -> PreTrainedModel:
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """float64 log-probs of the batch's targets, each sequence through transformers by itself."""
     parts = []
-    for a, b in pairwise(batch.cu_seqlens.tolist()):
+    for a, b in pairwise(batch.cu_seqlens_q.tolist()):
         ids = batch.input_ids[a:b]
         logp = model(ids[None], use_cache=False).logits[0].double().log_softmax(-1)
         rows = batch.rows[(batch.rows >= a) & (batch.rows < b)] - a

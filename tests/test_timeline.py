@@ -43,8 +43,8 @@ def test_operations_are_those_that_torch_counts(tiny_llama, tmp_path, quiet_proc
     )
     operations = Operations(run.model.policy)
     tokens, rows = packs[0].num_tokens, packs[0].rows.numel()
-    pairs = sum(n * n for n in packs[0].cu_seqlens.diff().tolist())
-    attention = 6 * pairs * operations.attention
+    pairs = sum(n * (n + 1) // 2 for n in packs[0].cu_seqlens_q.diff().tolist())
+    attention = 12 * pairs * operations.attention
     head = 6 * rows * operations.head
     assert len(packs) == 1 and operations.known and operations.head_trained
     assert operations.of(packs, reference=False) - attention - head == counted
