@@ -2,11 +2,11 @@
 
     python bench/dpo_step.py PAIRS [--model PATH] [--steps N] [--dtypes ...] [--output FILE]
 
-LoRA of rank 8 on all linear layers, batches of 4 pairs of at most 512 tokens a side, the reference's
-forward pass included.  Each side has a process of its own, which nothing else runs beside; tokens
-are those that enter the step, a prompt counting once for each side of its pair, however often it is
-computed.  Reported are tokens/s over the steps behind the first two, the median step, and the peak
-of resident memory (on a GPU: of what torch allocated).
+LoRA of rank 8 on all linear layers, batches of 4 pairs of at most 512 tokens a side, the forward
+pass of the reference included.  Each side has a process of its own, which nothing else runs beside;
+tokens are those that enter the step, a prompt counting once for each side of its pair, however
+often it is computed.  Reported are tokens/s over the steps behind the first two, the median step,
+and the peak of resident memory (on a GPU: of what torch allocated).
 
 The floor of a step, with N parameters of the body and V x D of the head, for T tokens of which M
 carry a loss: forward for the policy and the reference and backward to the inputs, 3 x 2 N T for
@@ -30,7 +30,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from racing import DEVICE, machine
 
 ROOT = Path(__file__).parents[1]

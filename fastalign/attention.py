@@ -1,18 +1,21 @@
-"""Attention over packs: causal within each sequence, without padding, with prompts that are computed
-once and attended to by all that continue them."""
+"""Attention over packs: causal within each sequence, without padding, with prompts that are
+computed once and attended to by all that continue them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from fastalign.batch import Batch
 
 PACKED_ATTENTION = "fastalign_packed"
 
@@ -32,10 +35,6 @@ class Segments:
         cu_keys: int32 [S + 1]; the same for what it attends to.
         key_index: int64 [cu_keys[S]]; the tokens that each segment attends to, in their order; None
             where no segment continues another one.
-        own_keys: int64 [T]; where in ``key_index`` each token stands for its own segment.
-        shared_keys: the other places of ``key_index`` and the tokens there, (int64 [n], int64 [n])
-            for the first segment that continues each parent, for the second, and so on: in one such
-            pair no token is twice.
     """
 
     lengths: tuple[int, ...]
@@ -43,8 +42,6 @@ class Segments:
     cu_queries: torch.Tensor
     cu_keys: torch.Tensor
     key_index: torch.Tensor | None = None
-    own_keys: torch.Tensor | None = None
-    shared_keys: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -55,60 +52,50 @@ class Segments:
         )
 
     @classmethod
-    def of(cls, lengths: Sequence[int], parents: Sequence[int] | None = None) -> Segments:
-        """From lengths and parents, on the CPU; without parents no segment continues another."""
-        lengths = tuple(lengths)
-        parents = (-1,) * len(lengths) if parents is None else tuple(parents)
-        starts = [0, *itertools.accumulate(lengths)]
-        cu_queries = torch.tensor(starts, dtype=torch.int32)
-        if max(parents, default=-1) < 0:
-            return cls(lengths, parents, cu_queries, cu_queries)
-        keys: list[torch.Tensor] = []
-        own: list[torch.Tensor] = []
-        rounds: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        children: dict[int, int] = {}
-        cu_keys = [0]
-        for s, (n, parent) in enumerate(zip(lengths, parents, strict=True)):
-            at = cu_keys[-1]
+    def whole(cls, tokens: int, device: torch.device) -> Segments:
+        """One sequence."""
+        cu = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        return cls((tokens,), (-1,), cu, cu)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Segments:
+        """Those of a pack."""
+        lengths = tuple(b - a for a, b in pairwise(batch.bounds))
+        parents = []
+        last = -1
+        for s, (n, (a, b)) in enumerate(zip(lengths, pairwise(batch.key_bounds), strict=True)):
+            if b - a == n:
+                last = s
+            # A shared prefix comes just before the segments that continue it.
+            parents.append(-1 if b - a == n else last)
+        return cls(lengths, tuple(parents), batch.cu_seqlens_q, batch.cu_seqlens_k, batch.key_index)
+
+    @functools.cached_property
+    def key_places(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Where tokens stand in ``key_index``: int64 [T], each for its own segment; and the other
+        places with the tokens there, (int64 [n], int64 [n]) for the first segments that continue
+        their parents, for the second ones, and so on, so that none of these names a token twice.
+        """
+        device = self.cu_keys.device
+        starts = [0, *accumulate(self.lengths)]
+        before = [k - n for k, n in zip(self.keys, self.lengths, strict=True)]
+        shift = torch.tensor([0, *before]).cumsum(0)[1:]
+        own = torch.arange(starts[-1]) + shift.repeat_interleave(torch.tensor(self.lengths))
+        turns: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        turn: dict[int, int] = {}
+        at = 0
+        for n, parent in zip(self.keys, self.parents, strict=True):
             if parent >= 0:
-                before = torch.arange(starts[parent], starts[parent + 1])
-                turn = children[parent] = children.get(parent, -1) + 1
-                if turn == len(rounds):
-                    rounds.append([])
-                rounds[turn].append((torch.arange(at, at + len(before)), before))
-                keys.append(before)
-                at += len(before)
-            keys.append(torch.arange(starts[s], starts[s + 1]))
-            own.append(torch.arange(at, at + n))
-            cu_keys.append(at + n)
-        return cls(
-            lengths,
-            parents,
-            cu_queries,
-            torch.tensor(cu_keys, dtype=torch.int32),
-            torch.cat(keys),
-            torch.cat(own),
-            tuple(
-                (torch.cat([places for places, _ in turn]), torch.cat([to for _, to in turn]))
-                for turn in rounds
-            ),
-        )
-
-    def to(self, device: torch.device) -> Segments:
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
-
-        if self.key_index is None or self.own_keys is None:
-            cu = move(self.cu_queries)
-            return replace(self, cu_queries=cu, cu_keys=cu)
-        return replace(
-            self,
-            cu_queries=move(self.cu_queries),
-            cu_keys=move(self.cu_keys),
-            key_index=move(self.key_index),
-            own_keys=move(self.own_keys),
-            shared_keys=tuple((move(places), move(to)) for places, to in self.shared_keys),
-        )
+                tokens = torch.arange(starts[parent], starts[parent + 1])
+                turn[parent] = turn.get(parent, -1) + 1
+                places = torch.arange(at, at + len(tokens))
+                turns.setdefault(turn[parent], []).append((places, tokens))
+            at += n
+        others = [
+            (torch.cat([p for p, _ in part]).to(device), torch.cat([t for _, t in part]).to(device))
+            for part in turns.values()
+        ]
+        return own.to(device), others
 
 
 def packed_attention(
@@ -136,7 +123,7 @@ def packed_attention(
     if unsupported.get("softcap") is not None or unsupported.get("s_aux") is not None:
         raise NotImplementedError("attention with a soft cap or sinks is not packed")
     if segments is None:
-        segments = Segments.of([query.shape[2]]).to(query.device)
+        segments = Segments.whole(query.shape[2], query.device)
     if sliding_window and segments.key_index is not None:
         raise NotImplementedError("a sliding window is not shared")
     kernel = _varlen_kernel() if query.is_cuda and query.dtype != torch.float32 else None
@@ -243,7 +230,7 @@ def _torch_varlen() -> Callable[..., torch.Tensor] | None:
             more["enable_gqa"] = k.shape[1] != q.shape[1]
         elif k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(
+        out: Any = varlen_attn(
             q,
             k,
             v,
@@ -255,6 +242,7 @@ def _torch_varlen() -> Callable[..., torch.Tensor] | None:
             window_size=(window - 1 if window else -1, 0),
             **more,
         )
+        return out
 
     return varlen
 
@@ -274,10 +262,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        segments: Segments = ctx.segments
+        own, others = ctx.segments.key_places
         # Not in half precision: many responses add to one prompt.
-        total = gradient[segments.own_keys].to(torch.promote_types(gradient.dtype, torch.float32))
-        for places, tokens in segments.shared_keys:
+        total = gradient[own].to(torch.promote_types(gradient.dtype, torch.float32))
+        for places, tokens in others:
             total.index_add_(0, tokens, gradient[places].to(total.dtype))
         return total.to(gradient.dtype), None
 

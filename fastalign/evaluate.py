@@ -62,7 +62,11 @@ class Evaluator:
         loss_sum = torch.zeros((), dtype=torch.float64, device=run.model.device)
         with torch.no_grad():
             for pack in plan_batches(
-                self.examples, run.config.micro_batch_tokens, run.rank, run.world_size
+                self.examples,
+                run.config.micro_batch_tokens,
+                run.rank,
+                run.world_size,
+                share_prefixes=run.model.shares_prefixes,
             ):
                 pack = pack.to(run.model.device)
                 reference = None

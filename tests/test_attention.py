@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,14 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastalign.attention import Segments, _gathered, packed_attention
+from fastalign.batch import make_batch
+from fastalign.data import Example, Stream
 
-# (tokens of the prompt, tokens of each response): a prompt without responses is a whole sequence.
+# (tokens of the prompt, tokens of each response); with one response there is nothing to share.
 Groups = list[tuple[int, list[int]]]
 GROUPS: list[Groups] = [
-    [(5, [])],
+    [(4, [1])],
     [(1, [1, 1])],
-    [(7, [3, 5]), (4, []), (1, [2]), (16, [1, 9, 4])],
-    [(3, []), (2, []), (9, [])],
+    [(7, [3, 5]), (3, [1]), (1, [2]), (16, [1, 9, 4])],
+    [(2, [1]), (1, [1]), (5, [4])],
 ]
 
 
@@ -26,10 +29,25 @@ def layout(groups: Groups) -> tuple[list[int], list[int]]:
     lengths: list[int] = []
     parents: list[int] = []
     for prompt, responses in groups:
+        if len(responses) == 1:
+            lengths.append(prompt + responses[0])
+            parents.append(-1)
+            continue
         parent = len(lengths)
         lengths += [prompt, *responses]
         parents += [-1, *[parent] * len(responses)]
     return lengths, parents
+
+
+def segments_of(groups: Groups) -> Segments:
+    """Of a pack in which each group is an example, its streams sharing the prompt."""
+    examples = []
+    for g, (prompt, responses) in enumerate(groups):
+        begin = np.full(prompt, 2 * g, dtype=np.int32)
+        # The streams differ from their first token on.
+        ends = [np.full(n, 100 + i, dtype=np.int32) for i, n in enumerate(responses)]
+        examples.append(Example(tuple(Stream.of("x", begin, end) for end in ends), 1.0, ""))
+    return Segments.of(make_batch(examples, share_prefixes=True))
 
 
 def tensors(lengths: list[int], heads: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -68,7 +86,7 @@ def seen_by(lengths: list[int], parents: list[int]) -> list[list[int]]:
 def test_values_and_gradients_are_those_of_plain_attention(groups, heads):
     lengths, parents = layout(groups)
     q, k, v = tensors(lengths, heads, torch.float64)
-    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=Segments.of(lengths, parents))
+    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments_of(groups))
     expected = plainly(q, k, v, seen_by(lengths, parents))
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(out)
@@ -87,17 +105,19 @@ def test_without_segments_all_is_one_sequence():
 def test_a_window_ends_what_a_token_sees():
     lengths = [9, 3]
     q, k, v = tensors(lengths, (2, 2), torch.float64)
-    segments = Segments.of(lengths)
+    segments = segments_of([(8, [1]), (1, [2])])
     out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments, sliding_window=4)
     seen = [tokens[-4:] for tokens in seen_by(lengths, [-1, -1])]
     torch.testing.assert_close(out, plainly(q, k, v, seen))
-    shared = Segments.of(lengths, [-1, 0])
+    shared = segments_of([(4, [5, 3])])
     with pytest.raises(NotImplementedError, match="a sliding window is not shared"):
         packed_attention(nn.Module(), q, k, v, None, segments=shared, sliding_window=4)
 
 
 groups_lists = st.lists(
-    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), max_size=4)), min_size=1, max_size=5
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -106,7 +126,8 @@ groups_lists = st.lists(
 def test_keys_are_gathered_for_a_kernel_of_variable_lengths(groups):
     """What a GPU's kernel is given: query s is the end of its keys, and gradients add up."""
     lengths, parents = layout(groups)
-    segments = Segments.of(lengths, parents)
+    segments = segments_of(groups)
+    assert segments.lengths == tuple(lengths) and segments.parents == tuple(parents)
     x = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
     gathered = _gathered(x, segments)
     starts = [0, *itertools.accumulate(lengths)]
@@ -121,5 +142,5 @@ def test_keys_are_gathered_for_a_kernel_of_variable_lengths(groups):
     (found,) = torch.autograd.grad((gathered * weights).sum(), x)
     (expected,) = torch.autograd.grad((torch.cat(wanted) * weights).sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
-    for _, tokens in segments.shared_keys:
+    for _, tokens in segments.key_places[1]:
         assert len(tokens.unique()) == len(tokens)
