@@ -31,7 +31,7 @@ from fastalign.batch import BY_TOKENS, Packer, make_batch, plan_batches
 from fastalign.data import Example, Stream
 
 SEQUENCES = 64 if SMOKE else 8192
-TURNS, FEW_TURNS = (2, 2) if SMOKE else (31, 5)
+TURNS, FEW_TURNS = (2, 2) if SMOKE else (31, 3)
 BUDGET = 8192
 LOG_MEAN, LOG_DEVIATION = 4.87, 0.78  # see tests/test_packer.py
 VOCABULARY = 49152
@@ -159,7 +159,7 @@ def plan_contestants() -> Contestants:
 
 
 def step_contestants() -> Contestants:
-    """Forward and backward of a model of SmolLM2-135M's shape, all of it trained, in fp32."""
+    """Forward and backward of a model of SmolLM2-135M's shape, all of it trained, in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fastalign.logprobs import Policy, check_packing, probe_batch
@@ -170,7 +170,7 @@ def step_contestants() -> Contestants:
         num_key_value_heads=3, vocab_size=vocabulary, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    policy = Policy(LlamaForCausalLM(config))
+    policy = Policy(LlamaForCausalLM(config).bfloat16())
     assert (
         check_packing(policy, policy, probe_batch(vocabulary, (5, 8), torch.device("cpu"))) is None
     )
@@ -220,5 +220,5 @@ def test_planning(race, benchmark, who):
 
 @pytest.mark.parametrize("who", ["step", "packing of the step"])
 def test_share_of_a_step(race, benchmark, who):
-    seconds = run(race, "step of 135M parameters", step_contestants, who, 2)
+    seconds = run(race, "step of 135M parameters", step_contestants, who, FEW_TURNS)
     benchmark.extra_info["share"] = seconds[who] / seconds["step"]
