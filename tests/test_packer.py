@@ -409,6 +409,11 @@ GOOD = (ids(1, 2), mask(0, 1))
         (ids(1, 2).astype(np.uint32), mask(0, 1), r"input_ids\[1\] .* int32, got uint32"),
         (ids(1, 2), np.zeros(2, np.float32), r"loss_mask\[1\] .* bool or uint8, got float32"),
         (ids(1, 2), np.zeros(2, np.int8), r"loss_mask\[1\] .* bool or uint8, got int8"),
+        (
+            np.ndarray(2, np.int32, bytes(9), 1),
+            mask(0, 1),
+            r"input_ids\[1\] must be aligned .* 4 .*",
+        ),
         (np.zeros((1, 2), np.int32), mask(0, 1), r"input_ids\[1\] must have 1 dimension, got 2"),
         (np.zeros(4, np.int32)[::2], mask(0, 1), r"input_ids\[1\] must be contiguous, .* 8 bytes"),
         (ids(1, 2), mask(0, 1, 0, 1)[::-2], r"loss_mask\[1\] must be contiguous, .* -2 bytes"),

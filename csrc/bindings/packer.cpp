@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,22 +38,24 @@ class Lender {
   Borrowed operator[](std::size_t index) {
     const py::handle array = arrays_[index];
     // The buffer protocol makes a format string and two small arrays for each array. For thousands
-    // of short sequences that takes longer than packing them; numpy's own arrays are read directly.
+    // of short sequences that takes longer than packing them; plain numpy arrays are read directly.
     if (py::isinstance<py::array>(array)) {
       const auto numpy = py::reinterpret_borrow<py::array>(array);
-      const PyObject* dtype = py::detail::array_proxy(array.ptr())->descr;
-      const bool plain =
-          ((dtype == dtypes_[0].ptr()) || (dtype == dtypes_[sizeof...(Ts) - 1].ptr()));
-      if (plain && numpy.ndim() == 1 &&
-          (numpy.size() <= 1 || numpy.strides(0) == numpy.itemsize())) {
-        return {numpy.data(), static_cast<std::size_t>(numpy.size())};
-      }
+      if (is_plain(numpy)) return {numpy.data(), static_cast<std::size_t>(numpy.size())};
     }
     infos_.push_back(borrow<Ts...>(array, item(name_, index), wanted_));
     return {infos_.back().ptr, static_cast<std::size_t>(infos_.back().size)};
   }
 
  private:
+  bool is_plain(const py::array& numpy) const {
+    const py::dtype dtype = numpy.dtype();
+    return std::any_of(std::begin(dtypes_), std::end(dtypes_),
+                       [&dtype](const py::dtype& wanted) { return dtype.is(wanted); }) &&
+           numpy.ndim() == 1 && (numpy.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 &&
+           (numpy.size() <= 1 || numpy.strides(0) == numpy.itemsize());
+  }
+
   py::tuple arrays_;
   std::vector<py::buffer_info> infos_;
   const char* name_;

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -110,6 +111,46 @@ TEST(writes_nothing_beside_the_pack_when_masks_change) {
     CHECK(MESSAGE_OF(InvalidInput, Packed(made, {0})) ==
           "loss_mask[0] was changed while it was packed");
   }
+}
+
+// Whatever becomes of tokens and masks behind the packer's back: the memory of Packed is exactly as
+// long as the pack, so that the address sanitizer sees a write beside it.
+TEST(survives_any_change_of_its_arrays) {
+  std::mt19937 random(0);
+  const auto below = [&random](std::uint32_t end) { return random() % end; };
+  int packed = 0, refused = 0;
+  for (int round = 0; round < 3000; ++round) {
+    std::vector<Stream> streams;
+    std::vector<std::int64_t> counts, order;
+    for (std::uint32_t e = 0; e < 1 + below(4); ++e) {
+      const std::uint32_t count = 1 + below(3);
+      for (std::uint32_t s = 0; s < count; ++s) {
+        const std::uint32_t length = 1 + below(40);
+        Stream stream{Ints(length), std::vector<std::uint8_t>(length)};
+        for (std::int32_t& id : stream.ids) id = static_cast<std::int32_t>(below(2));
+        const std::uint32_t rarely = 1 + below(20);
+        for (std::size_t t = 1; t < length; ++t) stream.mask[t] = below(rarely) == 0;
+        streams.push_back(stream);
+      }
+      counts.push_back(count);
+      order.insert(order.begin(), e);
+    }
+    const Ragged made = ragged(streams, counts, round % 2 == 0);
+    const Packed untouched(made, order);
+    for (std::uint32_t change = below(4); change > 0; --change) {
+      Stream& stream = streams[below(static_cast<std::uint32_t>(streams.size()))];
+      const std::size_t t = below(static_cast<std::uint32_t>(stream.ids.size()));
+      stream.ids[t] = static_cast<std::int32_t>(below(4)) - (below(8) == 0);
+      stream.mask[below(static_cast<std::uint32_t>(stream.mask.size()))] ^= 1;
+    }
+    try {
+      const Packed again(made, order);
+      ++packed;
+    } catch (const InvalidInput&) {
+      ++refused;
+    }
+  }
+  CHECK(packed > 500 && refused > 500);
 }
 
 TEST(packs_from_several_threads_at_once) {
