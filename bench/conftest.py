@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from racing import CLOCK, RACES, Contestants, copy_rate, machine, measure
+from racing import CLOCK, RACES, ROUNDS, Contestants, copy_rate, machine, measure
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,20 +21,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def race(benchmark, tmp_path):
     """``race(group, make, name, **facts)``: how ``name`` did among ``make()``'s contestants.
 
-    They run once for all tests of a group.  A contestant "product", if there is one, is what the
-    others' times are divided by; ``operations`` among the facts gives a rate.  The floor is
-    ``passes`` such products, or ``floor_bytes`` at the rate of a large copy.
+    They run ``turns`` times, once for all tests of a group, and once more for their ``peaks`` of
+    memory.  A contestant "product", if there is
+    one, is what the others' times are divided by; ``operations`` among the facts gives a rate.  The
+    floor is ``passes`` such products, or ``floor_bytes`` at the rate of a large copy.
     """
 
-    def run(group: str, make: Callable[[], Contestants], name: str, **facts: Any) -> None:
+    def run(
+        group: str,
+        make: Callable[[], Contestants],
+        name: str,
+        *,
+        turns: int = ROUNDS,
+        peaks: bool = True,
+        **facts: Any,
+    ) -> None:
         if group not in RACES:
-            RACES[group] = measure(make(), tmp_path)
+            RACES[group] = measure(make(), tmp_path, turns, peaks)
         if name not in RACES[group]:
             pytest.skip(f"{name} does not run here")
         ours = RACES[group][name]
         benchmark.group = group
         typical = median(ours.seconds)
-        benchmark.extra_info |= machine() | {"peak_mib": ours.peak_bytes / 2**20} | facts
+        peak = None if ours.peak_bytes is None else ours.peak_bytes / 2**20
+        benchmark.extra_info |= machine() | {"peak_mib": peak} | facts
         if "product" in RACES[group]:
             product = median(RACES[group]["product"].seconds)
             benchmark.extra_info["products"] = typical / product

@@ -30,10 +30,11 @@ ROUNDS = 2 if SMOKE else 3 if DEVICE.type == "cpu" else 15
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each turn, and the most bytes that tensors took beyond those there before."""
+    """Seconds of each turn, and the most bytes that tensors took beyond those there before, where
+    that was measured."""
 
     seconds: list[float]
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 Contestants = dict[str, Callable[[], object]]
@@ -55,21 +56,21 @@ class Clock:
 CLOCK = Clock()
 
 
-def measure(contestants: Contestants, folder: Path) -> dict[str, Measured]:
+def measure(contestants: Contestants, folder: Path, turns: int, peaks: bool) -> dict[str, Measured]:
     # Also what compiles, tunes and allocates at the first call.
-    peaks = {}
+    peak: dict[str, int | None] = {}
     for name, function in contestants.items():
         function()
-        peaks[name] = peak_memory(function, folder)
+        peak[name] = peak_memory(function, folder) if peaks else None
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
+    for _ in range(turns):
         for name, function in contestants.items():
             synchronise()
             start = time.perf_counter()
             function()
             synchronise()
             seconds[name].append(time.perf_counter() - start)
-    return {name: Measured(seconds[name], peaks[name]) for name in contestants}
+    return {name: Measured(seconds[name], peak[name]) for name in contestants}
 
 
 def synchronise() -> None:

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
 WHAT = {"frozen": "frozen head", "trained": "trained head", "values": "values alone"}
+# What their names begin with: results of the bridge, which have a page of their own.
+BRIDGE = ("packing", "sampling", "store")
 # In whose ways the same numbers are computed, as bench/test_linear_logprob.py calls them.
 PEERS = {
     "naive": "plain torch",
@@ -76,6 +78,8 @@ def in_full(folder: Path = RESULTS) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in load(folder):
+        if result["file"].startswith(BRIDGE):
+            continue
         rows = [row for row in result.get("rows", ()) if "who" in row and "median" in row]
         plain = {row["group"]: row["median"] for row in rows if row["who"] == "naive"}
         for row in rows:

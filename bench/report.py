@@ -49,11 +49,12 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         products = f"{row['products']:.2f}" if "products" in row else "-"
         floors = f"{row['floors']:.2f}" if "floors" in row else "-"
-        passes = row.get("passes")
+        passes, peak = row.get("passes"), row["peak_mib"]
         lines.append(
             f"| {row['group']} | {row['who']} | {row['median']:.4g} "
             f"({row['q1']:.4g} to {row['q3']:.4g}) | {products} | "
-            f"{'-' if passes is None else passes} | {floors} | {row['peak_mib']:.0f} |"
+            f"{'-' if passes is None else passes} | {floors} | "
+            f"{'-' if peak is None else f'{peak:.0f}'} |"
         )
     return "\n".join(lines)
 

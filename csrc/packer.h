@@ -1,4 +1,4 @@
-// Ragged token sequences to one flat batch, and examples to micro-batches.
+// Ragged token sequences to flat packs, and examples to packs and ranks.
 #pragma once
 
 #include <cstddef>
@@ -16,27 +16,86 @@ struct SequenceView {
   std::size_t mask_length;
 };
 
-// S sequences laid end to end: T tokens, of which M positions predict a target.
-struct PackedBatch {
-  std::vector<std::int64_t> input_ids;   // [T]
-  std::vector<std::int64_t> positions;   // [T], from 0 in every sequence
-  std::vector<std::int32_t> cu_seqlens;  // [S+1], sequence s is [cu_seqlens[s], cu_seqlens[s+1])
-  std::vector<std::int64_t> rows;        // [M], flat positions whose next token is trained on
-  std::vector<std::int64_t> targets;     // [M], that next token
-  std::vector<std::int32_t> cu_rows;     // [S+1], the rows of sequence s, as cu_seqlens
+// How long the arrays of a pack are.
+struct Sizes {
+  std::size_t records = 0;   // R
+  std::size_t streams = 0;   // S
+  std::size_t segments = 0;  // G, S where nothing is shared
+  std::size_t tokens = 0;    // T
+  std::size_t keys = 0;      // K, T where nothing is shared
+  std::size_t rows = 0;      // M
 };
 
-// Packs the sequences in the order given. Throws InvalidInput for lengths that differ, an empty
-// sequence, a trained first token (nothing predicts it), a negative token id, or more than 2^31-1
-// tokens in all.
-PackedBatch pack(const std::vector<SequenceView>& sequences);
+// Where one array of a pack lies in its memory.
+struct Field {
+  const char* name;
+  const char* dtype;
+  std::size_t offset;  // in bytes
+  std::size_t count;   // of elements
+  std::size_t itemsize;
+};
+
+struct Layout {
+  std::vector<Field> fields;
+  std::size_t bytes;
+};
+
+// The arrays of a pack of these sizes, in one block of memory.
+Layout layout(const Sizes& sizes);
+
+// E examples of one stream or several, borrowed and measured. A stream is a token sequence that the
+// model reads by itself; the streams of an example stay together.
+//
+// A pack is cut into segments. A segment's tokens are the queries of one attention call; its keys
+// are all tokens of its stream so far. Where prefixes are shared, the longest common prefix of an
+// example's streams lies in the pack once, as a segment of its own before those of the streams. It
+// ends before the first trained token of any of them and leaves each a token.
+class Ragged {
+ public:
+  // `counts` has how many of the streams each example takes, `weights` the weight of each. Throws
+  // InvalidInput for counts that do not add up, mask and tokens of different length, an empty
+  // sequence, or a trained first token, which nothing predicts.
+  Ragged(std::vector<SequenceView> streams, const std::vector<std::int64_t>& counts,
+         std::vector<float> weights, bool share_prefixes);
+
+  // Of each example in a pack: tokens, rows, and pairs of query and key, which are what attention
+  // computes.
+  const std::vector<std::int64_t>& tokens() const { return tokens_; }
+  const std::vector<std::int64_t>& rows() const { return rows_; }
+  const std::vector<double>& pairs() const { return pairs_; }
+
+  // Of a pack of these examples. Throws InvalidInput for an index out of range, or for more tokens
+  // or keys than int32 offsets count.
+  Sizes sizes(const std::vector<std::int64_t>& examples) const;
+
+  // Writes a pack of these examples into memory as layout() has it. The sequences belong to the
+  // caller, who may change them at any time: nothing is written beside the arrays then either.
+  // Throws InvalidInput for memory of another size or not aligned to 8 bytes, a negative token id,
+  // or a mask that is not the one that was measured.
+  void fill(const std::vector<std::int64_t>& examples, unsigned char* memory,
+            std::size_t bytes) const;
+
+ private:
+  std::size_t checked(const std::vector<std::int64_t>& examples, std::size_t position) const;
+  std::size_t shared_prefix(std::size_t example) const;
+
+  std::vector<SequenceView> streams_;
+  std::vector<std::size_t> first_;   // [E+1], the streams of example e are [first[e], first[e+1])
+  std::vector<std::size_t> prefix_;  // [E], tokens that its streams share
+  std::vector<std::size_t> stream_rows_;  // [S], trained tokens
+  std::vector<std::int64_t> tokens_;      // [E]
+  std::vector<std::int64_t> rows_;        // [E]
+  std::vector<double> pairs_;             // [E]
+  std::vector<float> weights_;            // [E]
+};
 
 // Example indices by rank, by pack: every rank has the same number of packs, some maybe empty.
 using Plan = std::vector<std::vector<std::vector<std::int64_t>>>;
 
-// Spreads `count` examples of lengths[i] tokens over the ranks, in packs of at most `budget`
-// tokens; a longer example gets a pack of its own. A function of its arguments alone, so ranks
-// that call it with the same lengths agree without a message.
-Plan plan(const std::int64_t* lengths, std::size_t count, std::int64_t budget, std::int64_t ranks);
+// Spreads examples of lengths[i] tokens, which cost costs[i] each, over the ranks in packs of at
+// most `budget` tokens; a longer example gets a pack of its own. A function of its arguments alone,
+// so ranks that call it alike agree without a message, and so does a run that is resumed.
+Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
+          std::int64_t budget, std::int64_t ranks);
 
 }  // namespace fastalign

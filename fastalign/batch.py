@@ -1,9 +1,14 @@
-"""Examples -> packed batches: flat token arrays without padding, cut by a token budget."""
+"""Examples -> packed batches: flat token arrays without padding, cut by a token budget.
+
+Planning and packing are functions of their arguments: a run that is resumed cuts the same batches
+into the same packs, because the order of its examples is one of seed, epoch and position.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,55 +19,100 @@ from fastalign.data import Example
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an example costs the rank that has it, in any unit: the linear part in its tokens and
+    in the rows that go through the LM head, the quadratic one in pairs of query and key."""
+
+    token: float = 1.0
+    pair: float = 0.0
+    row: float = 0.0
+
+
+BY_TOKENS = Cost()
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One pack: S sequences of T tokens in all, of which M rows go through the LM head.
+    """One pack: R examples of S streams, T tokens in G segments, of which M rows go through the LM
+    head.
+
+    The tokens of a segment are the queries of one attention call; its keys are all tokens of its
+    stream so far.  A stream is one segment, unless the streams of an example share their prefix:
+    that is then a segment of its own in front of theirs, whose keys begin with it.
 
     Attributes:
         input_ids: int64 [T].
-        positions: int64 [T]; restarts at 0 with each sequence.
-        cu_seqlens: int32 [S + 1]; sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1].
-        bounds: the same numbers on the host, where reading them off a device would wait for it.
-        rows: int64 [M]; flat positions whose hidden state predicts a target.
+        positions: int64 [T]; those of a token in its stream.
+        cu_seqlens_q: int32 [G + 1]; segment g has the tokens cu_seqlens_q[g] : cu_seqlens_q[g + 1].
+        cu_seqlens_k: int32 [G + 1]; and as many keys as this says.  The same tensor where nothing
+            is shared.
+        key_index: int64 [cu_seqlens_k[-1]]; the flat positions of all keys.  None where nothing is
+            shared: keys are the tokens then.
+        bounds: cu_seqlens_q on the host, where reading it off a device would wait for it.
+        key_bounds: the same of cu_seqlens_k.
+        rows: int64 [M]; flat positions whose hidden state predicts a target.  The last token of a
+            shared prefix predicts the first of every stream behind it.
         targets: int64 [M]; the token each row predicts.
-        cu_rows: int32 [S + 1]; rows by sequence.
-        roles: role of each sequence.
-        records: int64 [S]; which of the pack's R examples each sequence belongs to.
+        streams: int64 [M]; the stream of each row.
+        cu_rows: int32 [S + 1]; rows by stream.
+        row_bounds: the same on the host.
+        roles: role of each stream.
+        segments: int32 [S]; the segment that each stream ends with.
+        records: int64 [S]; which of the pack's R examples each stream belongs to.
         weights: float32 [R]; weight of each example.
         sources: where each example came from, for messages.
+        memory: uint8; what all these tensors are views of.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    cu_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    key_index: torch.Tensor | None
     bounds: tuple[int, ...]
+    key_bounds: tuple[int, ...]
     rows: torch.Tensor
     targets: torch.Tensor
+    streams: torch.Tensor
     cu_rows: torch.Tensor
+    row_bounds: tuple[int, ...]
     roles: tuple[str, ...]
+    segments: torch.Tensor
     records: torch.Tensor
     weights: torch.Tensor
     sources: tuple[str, ...]
+    memory: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of query and key that causal attention is computed for."""
+        segments = zip(pairwise(self.bounds), pairwise(self.key_bounds), strict=True)
+        lengths = ((b - a, d - c) for (a, b), (c, d) in segments)
+        return sum(queries * keys - queries * (queries - 1) // 2 for queries, keys in lengths)
+
     def to(self, device: torch.device) -> Batch:
+        """The pack on another device, moved in one copy.  A pack whose tensors were replaced by
+        others has to be moved before."""
+        memory = self.memory.to(device, non_blocking=True)
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: _same_view(value, self.memory, memory)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved | {"memory": memory})
 
     def sequences(self, role: str) -> list[int]:
-        """Indices of the sequences with this role, in record order."""
+        """Indices of the streams with this role, in record order."""
         return [index for index, name in enumerate(self.roles) if name == role]
 
     def select(self, role: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of one role: (row index [m], cu [s + 1] into it, record [s])."""
         sequences = self.sequences(role)
-        bounds = self.cu_rows.tolist()
+        bounds = self.row_bounds
         spans = [torch.arange(bounds[s], bounds[s + 1]) for s in sequences]
         index = torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
         lengths = torch.tensor([0] + [len(span) for span in spans])
@@ -74,38 +124,105 @@ class Batch:
         )
 
 
-def make_batch(examples: Sequence[Example]) -> Batch:
+def _same_view(view: torch.Tensor, memory: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """What ``view`` is of ``memory``, of ``other``."""
+    assert view.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+    start = view.storage_offset() * view.itemsize
+    return other[start : start + view.nbytes].view(view.dtype)
+
+
+class Packer:
+    """Examples measured at once, to plan and to pack.
+
+    Args:
+        examples: E examples; their streams stay together and in order.
+        share_prefixes: let the streams of an example share their longest common prefix, which the
+            pack then holds once.  It ends before the first target of any of them.
+    """
+
+    def __init__(self, examples: Sequence[Example], share_prefixes: bool = False) -> None:
+        self.examples = examples
+        streams = [stream for example in examples for stream in example.streams]
+        self._ragged = _bridge.Ragged(
+            [stream.input_ids for stream in streams],
+            [stream.loss_mask for stream in streams],
+            np.array([len(example.streams) for example in examples], np.int64),
+            np.array([example.weight for example in examples], np.float32),
+            share_prefixes,
+        )
+
+    @property
+    def shortest(self) -> int:
+        """Index of the example with the fewest tokens."""
+        return int(self._ragged.tokens.argmin())
+
+    def plan(
+        self, micro_batch_tokens: int, world_size: int, cost: Cost = BY_TOKENS
+    ) -> list[list[list[int]]]:
+        """Example indices by rank, by pack; see :func:`_bridge.plan`."""
+        ragged = self._ragged
+        costs = cost.token * ragged.tokens + cost.pair * ragged.pairs + cost.row * ragged.rows
+        return _bridge.plan(ragged.tokens, costs, micro_batch_tokens, world_size)
+
+    def pack(self, indices: Sequence[int]) -> Batch:
+        """The examples with these indices, in this order, as one pack."""
+        chosen = np.array(indices, np.int64)
+        size, fields = self._ragged.layout(chosen)
+        memory = _allocate(size)
+        self._ragged.fill(chosen, memory.numpy())
+        views = {
+            name: memory[start:stop].view(getattr(torch, dtype))
+            for name, dtype, start, stop in fields
+        }
+        views.setdefault("cu_seqlens_k", views["cu_seqlens_q"])
+        bounds = tuple(views["cu_seqlens_q"].tolist())
+        key_index = views.pop("key_index", None)
+        key_bounds = bounds if key_index is None else tuple(views["cu_seqlens_k"].tolist())
+        examples = [self.examples[index] for index in indices]
+        return Batch(
+            key_index=key_index,
+            bounds=bounds,
+            key_bounds=key_bounds,
+            row_bounds=tuple(views["cu_rows"].tolist()),
+            roles=tuple(stream.role for example in examples for stream in example.streams),
+            sources=tuple(example.source for example in examples),
+            memory=memory,
+            **views,
+        )
+
+
+def _allocate(size: int) -> torch.Tensor:
+    """Memory of a pack, uint8 [size], from which a device can copy by itself where there is one."""
+    if torch.cuda.is_available():
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    # numpy asks the system for huge pages, torch does not: the first write to a large pack would
+    # take several times as long.
+    return torch.from_numpy(np.empty(size, np.uint8))
+
+
+def make_batch(examples: Sequence[Example], share_prefixes: bool = False) -> Batch:
     """Pack examples in order; the streams of one example stay next to each other."""
-    streams = [stream for example in examples for stream in example.streams]
-    packed = _bridge.pack([s.input_ids for s in streams], [s.loss_mask for s in streams])
-    records = [r for r, example in enumerate(examples) for _ in example.streams]
-    return Batch(
-        input_ids=torch.from_numpy(packed.input_ids),
-        positions=torch.from_numpy(packed.positions),
-        cu_seqlens=torch.from_numpy(packed.cu_seqlens),
-        bounds=tuple(packed.cu_seqlens.tolist()),
-        rows=torch.from_numpy(packed.rows),
-        targets=torch.from_numpy(packed.targets),
-        cu_rows=torch.from_numpy(packed.cu_rows),
-        roles=tuple(stream.role for stream in streams),
-        records=torch.tensor(records, dtype=torch.int64),
-        weights=torch.tensor([example.weight for example in examples], dtype=torch.float32),
-        sources=tuple(example.source for example in examples),
-    )
+    return Packer(examples, share_prefixes).pack(range(len(examples)))
 
 
 def plan_batches(
-    examples: Sequence[Example], micro_batch_tokens: int, rank: int, world_size: int
+    examples: Sequence[Example],
+    micro_batch_tokens: int,
+    rank: int,
+    world_size: int,
+    cost: Cost = BY_TOKENS,
+    share_prefixes: bool = False,
 ) -> list[Batch]:
     """This rank's packs of one global batch.
 
-    Every rank gets the same number of packs (collectives in the forward pass need that).  Where
-    there are fewer packs than ranks, a rank repeats an example at weight 0.
+    Every rank gets the same number of packs (collectives in the forward pass need that) and about
+    the same ``cost``.  Where there are fewer packs than ranks, a rank repeats the shortest example
+    at weight 0.
     """
-    lengths = np.array(
-        [sum(len(s.input_ids) for s in example.streams) for example in examples], dtype=np.int64
-    )
-    packs = _bridge.plan(lengths, micro_batch_tokens, world_size)[rank]
-    shortest = int(lengths.argmin())
-    idle = replace(examples[shortest], weight=0.0)
-    return [make_batch([examples[i] for i in pack] if pack else [idle]) for pack in packs]
+    packer = Packer(examples, share_prefixes)
+    packs = packer.plan(micro_batch_tokens, world_size, cost)[rank]
+    batches = [packer.pack(pack or [packer.shortest]) for pack in packs]
+    for pack, batch in zip(packs, batches, strict=True):
+        if not pack:
+            batch.weights.zero_()
+    return batches

@@ -62,7 +62,11 @@ class Evaluator:
         loss_sum = torch.zeros((), dtype=torch.float64, device=run.model.device)
         with torch.no_grad():
             for pack in plan_batches(
-                self.examples, run.config.micro_batch_tokens, run.rank, run.world_size
+                self.examples,
+                run.config.micro_batch_tokens,
+                run.rank,
+                run.world_size,
+                share_prefixes=run.model.shares_prefixes,
             ):
                 pack = pack.to(run.model.device)
                 reference = None
@@ -130,7 +134,7 @@ class Evaluator:
                 policy, _ = run.model.engine(pack)
                 with run.model.reference() as forward:
                     reference, _ = forward(pack)
-                live = (pack.weights > 0)[pack.records].repeat_interleave(pack.cu_rows.diff())
+                live = (pack.weights > 0)[pack.records][pack.streams]
                 result += total((policy - reference)[live])
         return result
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from fastalign.attention import PACKED_ATTENTION, Segments
 from fastalign.batch import Batch, make_batch
 from fastalign.config import ConfigError
 from fastalign.data import Example, Stream
 from fastalign_kernels import TokenLogprobs, linear_logprob
 
-PACKED_ATTENTION = "fastalign_packed"
 IDLE_TOKENS = 8
 
 
@@ -44,6 +44,8 @@ class Policy(nn.Module):
         self.model = model
         self.head_spec = head_spec(self.causal_lm)
         self.packed = False
+        # Whether the streams of an example may share their prefix.
+        self.shares = False
         # Whether ZeRO-3 spreads the weights over ranks.
         self.sharded = False
 
@@ -87,8 +89,9 @@ class Policy(nn.Module):
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """Last hidden states of the rows that carry a loss, [M, D]."""
         if self.packed:
-            packing = {"cu_seqlens": batch.cu_seqlens, "bounds": batch.bounds}
+            packing = {"segments": Segments.of(batch)}
             return self._body(batch.input_ids, batch.positions, packing)[batch.rows]
+        assert batch.key_index is None, "prefixes are shared in packed attention alone"
         spans = list(itertools.pairwise(batch.bounds))
         if self.sharded:
             # Ranks have different numbers of sequences, but every pass through a sharded body is
@@ -119,84 +122,6 @@ def head_spec(model: PreTrainedModel) -> HeadSpec:
     return HeadSpec(softcap=getattr(config, "final_logit_softcapping", None), scale=scale / divisor)
 
 
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    bounds: tuple[int, ...] | None = None,
-    sliding_window: int | None = None,
-    **unsupported: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a pack.
-
-    query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d].  FlashAttention's
-    variable-length kernel where it is installed and fits, otherwise one exact SDPA call for each
-    sequence: nothing is padded in either.
-    """
-    if unsupported.get("softcap") is not None or unsupported.get("s_aux") is not None:
-        raise NotImplementedError("attention with a soft cap or sinks is not packed")
-    length = query.shape[2]
-    if cu_seqlens is None or bounds is None:
-        bounds = (0, length)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=query.device)
-    flash = _flash_varlen() if query.is_cuda and query.dtype != torch.float32 else None
-    if flash is not None:
-        longest = max(b - a for a, b in itertools.pairwise(bounds))
-        out = flash(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            dropout_p=dropout,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
-        )
-        return out[None], None
-    parts = []
-    for a, b in itertools.pairwise(bounds):
-        window = sliding_window if sliding_window and b - a > sliding_window else None
-        parts.append(
-            nn.functional.scaled_dot_product_attention(
-                query[:, :, a:b],
-                key[:, :, a:b],
-                value[:, :, a:b],
-                attn_mask=_window_mask(b - a, window, query.device) if window else None,
-                dropout_p=dropout,
-                is_causal=window is None,
-                scale=scaling,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
-        )
-    return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    t = torch.arange(length, device=device)
-    distance = t[:, None] - t[None, :]
-    return (distance >= 0) & (distance < window)
-
-
-def _flash_varlen() -> Callable[..., torch.Tensor] | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-# Attention is causal within sequences by construction, so the model need not build any mask.
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
-
-
 def probe_batch(
     vocab_size: int, lengths: tuple[int, ...], device: torch.device, seed: int = 0
 ) -> Batch:
@@ -211,6 +136,14 @@ def probe_batch(
         for n in lengths
     )
     return make_batch([Example(streams=streams, weight=1.0, source="start-up check")]).to(device)
+
+
+def probe_streams(vocab_size: int, prefix: int, rest: tuple[int, ...], seed: int = 0) -> Example:
+    """Random sequences that begin with the same ``prefix`` tokens; what follows is targets."""
+    generator = np.random.default_rng(seed)
+    begin, *ends = (generator.integers(vocab_size, size=n, dtype=np.int32) for n in (prefix, *rest))
+    streams = tuple(Stream.of("probe", begin, end) for end in ends)
+    return Example(streams=streams, weight=1.0, source="start-up check")
 
 
 @torch.no_grad()
@@ -232,16 +165,43 @@ def check_packing(policy: Policy, forward: Callable[..., torch.Tensor], batch: B
         reason = f"{type(model).__name__} cannot run packed attention: {error}"
     else:
         difference = ((packed - alone).norm() / alone.norm()).item()
-        # The same arithmetic in another order: rounding of the dtype through all layers.
-        if difference <= (2e-2 if _is_half(model) else 1e-4):
+        if difference <= _tolerance(model):
             return None
         reason = (
             f"{type(model).__name__} gives other results packed than alone "
             f"(relative difference {difference:.1e})"
         )
-    policy.packed = False
+    policy.packed = policy.shares = False
     model.set_attn_implementation(original)
     return reason
+
+
+@torch.no_grad()
+def check_sharing(
+    policy: Policy, forward: Callable[..., torch.Tensor], streams: Example
+) -> str | None:
+    """Run streams that begin alike with their prefix computed once, and each with its own.
+
+    For a policy that :func:`check_packing` has packed.  Allows sharing when both agree; otherwise
+    returns the reason, for the start-up report.
+    """
+    model = policy.causal_lm
+    device = next(model.parameters()).device
+    apart, shared = (make_batch([streams], share).to(device) for share in (False, True))
+    assert shared.num_tokens < apart.num_tokens
+    expected = forward(apart, probe="hidden").float()
+    try:
+        found = forward(shared, probe="hidden").float()
+    except NotImplementedError as error:
+        return f"{type(model).__name__}: {error}"
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference <= _tolerance(model):
+        return (
+            f"{type(model).__name__} gives other results with a shared prefix "
+            f"(relative difference {difference:.1e})"
+        )
+    policy.shares = True
+    return None
 
 
 @torch.no_grad()
@@ -264,6 +224,11 @@ def check_logprobs(policy: Policy, forward: Callable[..., Any], batch: Batch) ->
             f"{difference:.3g} on average), so it cannot be trained"
         )
     return difference
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Of the same arithmetic in another order: rounding of the dtype through all layers."""
+    return 2e-2 if _is_half(model) else 1e-4
 
 
 def _is_half(model: PreTrainedModel) -> bool:

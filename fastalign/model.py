@@ -177,6 +177,12 @@ class TrainedModel:
         return policy
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether streams that begin alike may share what is computed for that."""
+        second = self.reference_engine is not None
+        return self.policy.shares and (not second or self.reference_policy.shares)
+
+    @property
     def reference_adapter_name(self) -> str | None:
         """What the rollout engine calls the frozen start: an adapter, or None for the base."""
         return REFERENCE if self.has_reference_adapter else None

@@ -462,15 +462,15 @@ class ReferenceScorer:
 
     def _score(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
         """One row of hidden states for each prompt, scored against every candidate."""
-        candidates = np.array(token_ids, dtype=np.int32)
+        first = np.array(token_ids[:1], dtype=np.int32)
         batch = make_batch(
-            [Example((Stream.of("judge", p, candidates[:1]),), 1.0, "judge") for p in prompts]
-        )
+            [Example((Stream.of("judge", p, first),), 1.0, "judge") for p in prompts]
+        ).to(self.model.device)
         batch = replace(
             batch,
-            rows=batch.rows.repeat_interleave(len(candidates)),
-            targets=torch.from_numpy(candidates.astype(np.int64)).repeat(len(prompts)),
-        ).to(self.model.device)
+            rows=batch.rows.repeat_interleave(len(token_ids)),
+            targets=batch.targets.new_tensor(token_ids).repeat(len(prompts)),
+        )
         with self.model.reference() as forward:
             logprob, _ = forward(batch)
-        return logprob.float().cpu().numpy().reshape(len(prompts), len(candidates))
+        return logprob.float().cpu().numpy().reshape(len(prompts), len(token_ids))

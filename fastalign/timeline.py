@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastalign.batch import BY_TOKENS, Batch, Cost
 from fastalign.model import full_shape
 
 if TYPE_CHECKING:
-    from fastalign.batch import Batch
     from fastalign.logprobs import Policy
 
 # Dense bf16 operations a second, from the makers' data sheets, by what torch calls the device.
@@ -107,13 +107,26 @@ class Operations:
         self.attention = config.num_hidden_layers * config.num_attention_heads * width
         self.known = not any("expert" in key for key in config.to_dict())
 
+    def cost(self, reference: bool) -> Cost:
+        """Of one step; ``reference``: with a forward pass of the frozen start.  By tokens alone
+        where the operations are not known."""
+        if not self.known:
+            return BY_TOKENS
+        # Attention has two products, and both sides of each want a gradient.
+        token = 2 * (self.frozen + self.trained)
+        pair = 4 * self.attention
+        row = 2 * self.head
+        return Cost(
+            token=(2 + reference) * token + 2 * self.trained,
+            pair=(3 + reference) * pair,
+            row=(2 + self.head_trained + reference) * row,
+        )
+
     def of(self, packs: Sequence[Batch], reference: bool) -> float:
         """One step over ``packs``; ``reference``: with a forward pass of the frozen start."""
-        tokens = sum(pack.num_tokens for pack in packs)
-        rows = sum(pack.rows.numel() for pack in packs)
-        # Two products, half of each below the diagonal.
-        pairs = sum(int(pack.cu_seqlens.diff().long().square().sum()) for pack in packs)
-        forward = 2 * tokens * (self.frozen + self.trained) + 2 * pairs * self.attention
-        step = 2 * forward + 2 * tokens * self.trained + 2 * pairs * self.attention
-        step += 2 * rows * self.head * (3 if self.head_trained else 2)
-        return float(step + (forward + 2 * rows * self.head) * reference)
+        cost = self.cost(reference)
+        return float(
+            cost.token * sum(pack.num_tokens for pack in packs)
+            + cost.pair * sum(pack.num_pairs for pack in packs)
+            + cost.row * sum(pack.rows.numel() for pack in packs)
+        )

@@ -38,7 +38,14 @@ from fastalign.endpoint import BudgetSpent, Endpoint
 from fastalign.evaluate import Evaluator
 from fastalign.judge import JudgeModel, load_rule
 from fastalign.local import make_renderer
-from fastalign.logprobs import Policy, check_logprobs, check_packing, probe_batch
+from fastalign.logprobs import (
+    Policy,
+    check_logprobs,
+    check_packing,
+    check_sharing,
+    probe_batch,
+    probe_streams,
+)
 from fastalign.methods import Method, Metrics, make_method
 from fastalign.methods.base import (
     Dropped,
@@ -561,6 +568,11 @@ def _pack(
     return check_packing(policy, forward, probe_batch(vocabulary, (37, 52), device))
 
 
+def _share(policy: Policy, forward: Callable[..., Any]) -> str | None:
+    vocabulary = policy.causal_lm.config.get_text_config().vocab_size
+    return check_sharing(policy, forward, probe_streams(vocabulary, 24, (13, 28, 1)))
+
+
 def probe_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Token ids of a plain text, int32 [n]."""
     text = "The quick brown fox jumps over the lazy dog. It was not amused."
@@ -575,6 +587,11 @@ def check_start(run: Run) -> None:
     unpacked, gap = check_forward(run.config, model.policy, model.engine, words, model.device)
     if model.reference_engine is not None:
         _pack(run.config, model.reference_policy, model.reference_engine, model.device)
+    unshared = None
+    if unpacked is None:
+        unshared = _share(model.policy, model.engine)
+        if unshared is None and model.reference_engine is not None:
+            unshared = _share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
     trainable = sum(
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
@@ -584,6 +601,10 @@ def check_start(run: Run) -> None:
         f"ZeRO {model.zero_stage}, {run.world_size} process(es), {trainable:,} trainable parameters"
     )
     say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
+    if model.shares_prefixes:
+        say("what the streams of an example begin with is computed once" + _drop_outs(run.config))
+    elif unshared is not None:
+        say(f"each stream is computed from its start: {unshared}")
     say(
         f"log-probs and losses run in {default_implementation(model.device, model.dtype)}, and "
         f"agree with the model's own logits (mean difference {gap:.1e})"
@@ -594,6 +615,12 @@ def check_start(run: Run) -> None:
         say(f"{why}: the penalty's slope is unbounded where the model is certain")
     if run.engine is not None:
         _check_sync(run, words)
+
+
+def _drop_outs(config: Config) -> str:
+    if not config.lora_dropout:
+        return ""
+    return f": lora_dropout = {config.lora_dropout} drops the same of it for all of them"
 
 
 def _check_sync(run: Run, words: np.ndarray) -> None:
@@ -850,7 +877,15 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
     for group in model.optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     denominator = run.method.denominator(examples)
-    packs = plan_batches(examples, config.micro_batch_tokens, run.rank, run.world_size)
+    cost = run.operations.cost(run.method.needs_reference)
+    packs = plan_batches(
+        examples,
+        config.micro_batch_tokens,
+        run.rank,
+        run.world_size,
+        cost,
+        share_prefixes=model.shares_prefixes,
+    )
     sums: Metrics = {}
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
     run.tracker.phase("train")

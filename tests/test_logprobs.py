@@ -6,18 +6,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from support import distance, recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from fastalign.attention import PACKED_ATTENTION
 from fastalign.batch import Batch, make_batch
 from fastalign.config import ConfigError
 from fastalign.data import Example, Stream
-from fastalign.logprobs import PACKED_ATTENTION, Policy, check_logprobs, check_packing, probe_batch
+from fastalign.logprobs import (
+    Policy,
+    check_logprobs,
+    check_packing,
+    check_sharing,
+    probe_batch,
+    probe_streams,
+)
 from fastalign.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
@@ -66,7 +76,7 @@ def tiny_qwen3_5(**keys) -> PreTrainedModel:
 def alone(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """float64 log-probs of the batch's targets, each sequence through transformers by itself."""
     parts = []
-    for a, b in pairwise(batch.cu_seqlens.tolist()):
+    for a, b in pairwise(batch.cu_seqlens_q.tolist()):
         ids = batch.input_ids[a:b]
         logp = model(ids[None], use_cache=False).logits[0].double().log_softmax(-1)
         rows = batch.rows[(batch.rows >= a) & (batch.rows < b)] - a
@@ -173,6 +183,76 @@ def test_a_model_that_mixes_its_sequences_is_run_one_by_one(monkeypatch, attenti
     with torch.no_grad():
         logprob, _ = policy(batch)
     torch.testing.assert_close(logprob.double(), alone(model, batch), rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- sharing
+
+
+def begin_alike() -> list[Example]:
+    """Two pairs and four answers to one prompt, and a sequence that shares nothing."""
+    parts = [(11, (5, 9)), (3, (1, 8)), (17, (6, 1, 12, 4))]
+    examples = [probe_streams(VOCABULARY, n, rest, seed=n) for n, rest in parts]
+    whole = probe_streams(VOCABULARY, 6, (7,), seed=1)
+    return [examples[0], whole, *examples[1:]]
+
+
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["full", "checkpointed", "lora"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen3"])
+def test_a_shared_prompt_changes_no_value_and_no_gradient(family, kind):
+    model: Any = tiny(family, **NO_DROPOUT if family == "GPT2" else {}).double()
+    # The norms of the other two compute in float32, whatever the model's dtype is.
+    close = {"rtol": 1e-9, "atol": 1e-10} if family == "GPT2" else {"rtol": 1e-3, "atol": 1e-4}
+    if kind == "lora":
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, config).double()
+    policy = Policy(model)
+    assert check_packing(policy, policy, probe_batch(VOCABULARY, (37, 52), CPU)) is None
+    assert check_sharing(policy, policy, probe_streams(VOCABULARY, 24, (13, 28, 1))) is None
+    assert policy.shares
+    if kind == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    apart, shared = (make_batch(begin_alike(), share) for share in (False, True))
+    assert shared.num_tokens == apart.num_tokens - 11 - 3 - 3 * 17
+    weights = torch.linspace(-1, 2, len(apart.targets), dtype=torch.float64)
+    values, gradients = [], []
+    for batch in (apart, shared):
+        model.zero_grad()
+        logprob, log1m = policy(batch)
+        (logprob * weights).sum().backward()
+        values.append(torch.stack([logprob, log1m]))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(values[1], values[0], **close)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, **close)
+
+
+def test_a_window_is_not_shared():
+    policy = Policy(tiny("Mistral", sliding_window=8, head_dim=8))
+    assert check_packing(policy, policy, probe_batch(VOCABULARY, (37, 52), CPU)) is None
+    reason = check_sharing(policy, policy, probe_streams(VOCABULARY, 24, (13, 28)))
+    assert reason == "MistralForCausalLM: a sliding window is not shared"
+    assert policy.packed and not policy.shares
+
+
+def test_a_model_that_answers_otherwise_behind_a_shared_prompt_is_found_out(monkeypatch):
+    """As one whose attention takes the place in the pack for the place in the sequence would."""
+    policy = Policy(tiny("Llama"))
+    assert check_packing(policy, policy, probe_batch(VOCABULARY, (37, 52), CPU)) is None
+    body = policy._body
+
+    def moved(ids, positions, packing):
+        return body(ids, torch.arange(len(ids)), packing)
+
+    monkeypatch.setattr(policy, "_body", moved)
+    reason = check_sharing(policy, policy, probe_streams(VOCABULARY, 24, (13, 28)))
+    assert reason is not None
+    assert reason.startswith("LlamaForCausalLM gives other results with a shared prefix")
+    assert not policy.shares
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_wheel_works_where_it_is_installed(wheel, tmp_path):
     code = """
 import fastalign, fastalign._bridge, fastalign_kernels, numpy
 print(fastalign.__file__, fastalign._bridge.__file__, fastalign_kernels.__file__, sep="\\n")
-print(fastalign._bridge.plan(numpy.array([1, 2]), 4, 1))
+print(fastalign._bridge.plan(numpy.array([1, 2]), numpy.ones(2), 4, 1))
 """
     *files, plan = python(code, site, cwd=tmp_path).splitlines()
     assert all(Path(file).is_relative_to(site) for file in files), files

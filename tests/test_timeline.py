@@ -10,7 +10,7 @@ from support import recipe, start
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastalign.train as loop
-from fastalign.batch import plan_batches
+from fastalign.batch import BY_TOKENS, plan_batches
 from fastalign.timeline import Operations, Timeline, peak_memory, peak_operations
 
 CPU = torch.device("cpu")
@@ -43,8 +43,8 @@ def test_operations_are_those_that_torch_counts(tiny_llama, tmp_path, quiet_proc
     )
     operations = Operations(run.model.policy)
     tokens, rows = packs[0].num_tokens, packs[0].rows.numel()
-    pairs = sum(n * n for n in packs[0].cu_seqlens.diff().tolist())
-    attention = 6 * pairs * operations.attention
+    pairs = sum(n * (n + 1) // 2 for n in packs[0].cu_seqlens_q.diff().tolist())
+    attention = 12 * pairs * operations.attention
     head = 6 * rows * operations.head
     assert len(packs) == 1 and operations.known and operations.head_trained
     assert operations.of(packs, reference=False) - attention - head == counted
@@ -52,6 +52,24 @@ def test_operations_are_those_that_torch_counts(tiny_llama, tmp_path, quiet_proc
     assert operations.attention == 2 * 4 * 32
     more = operations.of(packs, reference=True) - operations.of(packs, reference=False)
     assert more == counted / 3 + attention / 3 + head / 3 and tokens > 0
+
+
+def test_what_packs_are_planned_by_is_what_a_step_takes(tiny_llama, tmp_path, quiet_process):
+    run, examples = start(recipe("sft", tiny_llama, tmp_path))
+    cost = run.operations.cost(reference=True)
+    packs = plan_batches(examples, 10**6, 0, 1, cost)
+    tokens = [s.input_ids.size for e in examples for s in e.streams]
+    rows = sum(int(s.loss_mask.sum()) for e in examples for s in e.streams)
+    pairs = sum(n * (n + 1) // 2 for n in tokens)
+    whole = cost.token * sum(tokens) + cost.pair * pairs + cost.row * rows
+    assert run.operations.of(packs, reference=True) == whole
+    # Two operations a weight and token against two products of 2 operations a pair and width.
+    body = sum(
+        p.numel() for n, p in run.model.policy.named_parameters() if p.ndim == 2 and "layers" in n
+    )
+    assert cost.pair / cost.token == pytest.approx(2 * run.operations.attention / body)
+    run.operations.known = False
+    assert run.operations.cost(reference=True) == BY_TOKENS
 
 
 def test_a_frozen_body_needs_no_gradients_of_weights(tiny_llama, tmp_path, quiet_process):

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
 namespace fastalign {
@@ -35,6 +36,13 @@ py::buffer_info borrow(py::handle object, const std::string& name, const char* w
     throw py::type_error(name + " must be an array of " + wanted + ", got a " + type_name(object));
   }
   py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request();
+  // Before the type: numpy gives what is not aligned another format, and the same name.
+  if (info.itemsize > 0 &&
+      reinterpret_cast<std::uintptr_t>(info.ptr) % static_cast<std::uintptr_t>(info.itemsize) !=
+          0) {
+    throw py::value_error(name + " must be aligned to its items of " +
+                          std::to_string(info.itemsize) + " bytes");
+  }
   if (!(holds<Ts>(info) || ...)) {
     throw py::value_error(name + " must be an array of " + wanted + ", got " + dtype_name(info));
   }

@@ -186,7 +186,7 @@ def role_mean(values: torch.Tensor, batch: Batch, *roles: str) -> torch.Tensor:
     in records that count."""
     chosen = [not roles or role in roles for role in batch.roles]
     sequences = torch.tensor(chosen, device=values.device) & (batch.weights > 0)[batch.records]
-    return total(values[sequences.repeat_interleave(batch.cu_rows.long().diff())])
+    return total(values[sequences[batch.streams]])
 
 
 def as_sampled(record: Record, renderer: Renderer) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,0 +1,275 @@
+"""Attention over packs: causal within each sequence, without padding, with prompts that are
+computed once and attended to by all that continue them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from fastalign.batch import Batch
+
+PACKED_ATTENTION = "fastalign_packed"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What attends to what in a pack of T tokens, in segments laid end to end.
+
+    A token attends to those before it in its segment and, where the segment continues another one,
+    to all tokens of that.
+
+    Attributes:
+        lengths: tokens of each of the S segments.
+        parents: the segment that each continues, which comes before it and continues none itself;
+            -1 where it starts a sequence.
+        cu_queries: int32 [S + 1]; segment s is tokens cu_queries[s] : cu_queries[s + 1].
+        cu_keys: int32 [S + 1]; the same for what it attends to.
+        key_index: int64 [cu_keys[S]]; the tokens that each segment attends to, in their order; None
+            where no segment continues another one.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    key_index: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """How many tokens each segment attends to."""
+        return tuple(
+            n + (self.lengths[p] if p >= 0 else 0)
+            for n, p in zip(self.lengths, self.parents, strict=True)
+        )
+
+    @classmethod
+    def whole(cls, tokens: int, device: torch.device) -> Segments:
+        """One sequence."""
+        cu = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        return cls((tokens,), (-1,), cu, cu)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Segments:
+        """Those of a pack."""
+        lengths = tuple(b - a for a, b in pairwise(batch.bounds))
+        parents = []
+        last = -1
+        for s, (n, (a, b)) in enumerate(zip(lengths, pairwise(batch.key_bounds), strict=True)):
+            if b - a == n:
+                last = s
+            # A shared prefix comes just before the segments that continue it.
+            parents.append(-1 if b - a == n else last)
+        return cls(lengths, tuple(parents), batch.cu_seqlens_q, batch.cu_seqlens_k, batch.key_index)
+
+    @functools.cached_property
+    def key_places(self) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Where tokens stand in ``key_index``: int64 [T], each for its own segment; and the other
+        places with the tokens there, (int64 [n], int64 [n]) for the first segments that continue
+        their parents, for the second ones, and so on, so that none of these names a token twice.
+        """
+        device = self.cu_keys.device
+        starts = [0, *accumulate(self.lengths)]
+        before = [k - n for k, n in zip(self.keys, self.lengths, strict=True)]
+        shift = torch.tensor([0, *before]).cumsum(0)[1:]
+        own = torch.arange(starts[-1]) + shift.repeat_interleave(torch.tensor(self.lengths))
+        turns: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        turn: dict[int, int] = {}
+        at = 0
+        for n, parent in zip(self.keys, self.parents, strict=True):
+            if parent >= 0:
+                tokens = torch.arange(starts[parent], starts[parent + 1])
+                turn[parent] = turn.get(parent, -1) + 1
+                places = torch.arange(at, at + len(tokens))
+                turns.setdefault(turn[parent], []).append((places, tokens))
+            at += n
+        others = [
+            (torch.cat([p for p, _ in part]).to(device), torch.cat([t for _, t in part]).to(device))
+            for part in turns.values()
+        ]
+        return own.to(device), others
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **unsupported: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within the segments of a pack; None: all tokens are one sequence.
+
+    query [1, H, T, d], key and value [1, Hkv, T, d] -> [1, T, H, d].  A kernel for variable
+    lengths (FlashAttention's where it is installed, or else torch's) on a GPU in half precision,
+    otherwise one exact SDPA call for each segment: nothing is padded in either.
+
+    Raises:
+        NotImplementedError: the model asks for what no such kernel does.
+    """
+    if unsupported.get("softcap") is not None or unsupported.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or sinks is not packed")
+    if segments is None:
+        segments = Segments.whole(query.shape[2], query.device)
+    if sliding_window and segments.key_index is not None:
+        raise NotImplementedError("a sliding window is not shared")
+    kernel = _varlen_kernel() if query.is_cuda and query.dtype != torch.float32 else None
+    if kernel is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return kernel(q, k, v, segments, scaling, dropout, sliding_window)[None], None
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
+    parts = []
+    for s, (n, parent) in enumerate(zip(segments.lengths, segments.parents, strict=True)):
+        k, v, mask = keys[s], values[s], None
+        if parent >= 0:
+            k = torch.cat([keys[parent], k], dim=2)
+            v = torch.cat([values[parent], v], dim=2)
+            mask = _continues(n, segments.lengths[parent], query.device)
+        elif sliding_window and n > sliding_window:
+            mask = _window(n, sliding_window, query.device)
+        parts.append(
+            nn.functional.scaled_dot_product_attention(
+                queries[s],
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _continues(length: int, before: int, device: torch.device) -> torch.Tensor:
+    """bool [length, before + length]: token t sees all before the segment and 0..t of its own."""
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+
+
+def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
+    t = torch.arange(length, device=device)
+    distance = t[:, None] - t[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+# --------------------------------------------------------------------------- on a GPU
+
+
+@functools.cache
+def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """(query [T, H, d], key and value [T, Hkv, d], segments, scaling, dropout, window) ->
+    [T, H, d], causal from the last token of each segment's keys."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return _torch_varlen()
+
+    def flash(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        scaling: float | None,
+        dropout: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        k, v = _gathered(k, segments), _gathered(v, segments)
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=segments.cu_queries,
+            cu_seqlens_k=segments.cu_keys,
+            max_seqlen_q=max(segments.lengths),
+            max_seqlen_k=max(segments.keys),
+            dropout_p=dropout,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1),
+        )
+
+    return flash
+
+
+def _torch_varlen() -> Callable[..., torch.Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        scaling: float | None,
+        dropout: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        if dropout:
+            raise NotImplementedError("torch's attention over variable lengths has no dropout")
+        k, v = _gathered(k, segments), _gathered(v, segments)
+        more: dict[str, Any] = {}
+        if groups_heads:
+            more["enable_gqa"] = k.shape[1] != q.shape[1]
+        elif k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out: Any = varlen_attn(
+            q,
+            k,
+            v,
+            segments.cu_queries,
+            segments.cu_keys,
+            max(segments.lengths),
+            max(segments.keys),
+            scale=scaling,
+            window_size=(window - 1 if window else -1, 0),
+            **more,
+        )
+        return out
+
+    return varlen
+
+
+def _gathered(x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    return x if segments.key_index is None else _Gather.apply(x, segments)
+
+
+class _Gather(torch.autograd.Function):
+    """x [T, ...] -> x[key_index]; the gradient of a shared token is the sum over those who share
+    it, always added in the order of the pack: index_add would add in that of the threads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+        ctx.segments = segments
+        return x[segments.key_index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        own, others = ctx.segments.key_places
+        # Not in half precision: many responses add to one prompt.
+        total = gradient[own].to(torch.promote_types(gradient.dtype, torch.float32))
+        for places, tokens in others:
+            total.index_add_(0, tokens, gradient[places].to(total.dtype))
+        return total.to(gradient.dtype), None
+
+
+# Attention is causal within segments by construction, so the model need not build any mask.
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)

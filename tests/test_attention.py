@@ -1,0 +1,146 @@
+"""Attention over packs against plain attention over each sequence on its own."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastalign.attention import Segments, _gathered, packed_attention
+from fastalign.batch import make_batch
+from fastalign.data import Example, Stream
+
+# (tokens of the prompt, tokens of each response); with one response there is nothing to share.
+Groups = list[tuple[int, list[int]]]
+GROUPS: list[Groups] = [
+    [(4, [1])],
+    [(1, [1, 1])],
+    [(7, [3, 5]), (3, [1]), (1, [2]), (16, [1, 9, 4])],
+    [(2, [1]), (1, [1]), (5, [4])],
+]
+
+
+def layout(groups: Groups) -> tuple[list[int], list[int]]:
+    lengths: list[int] = []
+    parents: list[int] = []
+    for prompt, responses in groups:
+        if len(responses) == 1:
+            lengths.append(prompt + responses[0])
+            parents.append(-1)
+            continue
+        parent = len(lengths)
+        lengths += [prompt, *responses]
+        parents += [-1, *[parent] * len(responses)]
+    return lengths, parents
+
+
+def segments_of(groups: Groups) -> Segments:
+    """Of a pack in which each group is an example, its streams sharing the prompt."""
+    examples = []
+    for g, (prompt, responses) in enumerate(groups):
+        begin = np.full(prompt, 2 * g, dtype=np.int32)
+        # The streams differ from their first token on.
+        ends = [np.full(n, 100 + i, dtype=np.int32) for i, n in enumerate(responses)]
+        examples.append(Example(tuple(Stream.of("x", begin, end) for end in ends), 1.0, ""))
+    return Segments.of(make_batch(examples, share_prefixes=True))
+
+
+def tensors(lengths: list[int], heads: tuple[int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(len(lengths))
+    many, few = heads
+    return [
+        torch.randn(1, h, sum(lengths), 8, dtype=dtype, requires_grad=True)
+        for h in (many, few, few)
+    ]
+
+
+def plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[list[int]]
+) -> torch.Tensor:
+    """Softmax over the tokens that each token sees, in words of mathematics: [1, T, H, d]."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    rows = []
+    for t, tokens in enumerate(seen):
+        scores = torch.einsum("hd,hkd->hk", q[0, :, t], k[0][:, tokens]) / q.shape[-1] ** 0.5
+        rows.append(torch.einsum("hk,hkd->hd", scores.softmax(-1), v[0][:, tokens]))
+    return torch.stack(rows)[None]
+
+
+def seen_by(lengths: list[int], parents: list[int]) -> list[list[int]]:
+    starts = [0, *itertools.accumulate(lengths)]
+    seen = []
+    for s, (n, parent) in enumerate(zip(lengths, parents, strict=True)):
+        before = list(range(starts[parent], starts[parent + 1])) if parent >= 0 else []
+        seen += [before + list(range(starts[s], starts[s] + t + 1)) for t in range(n)]
+    return seen
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_values_and_gradients_are_those_of_plain_attention(groups, heads):
+    lengths, parents = layout(groups)
+    q, k, v = tensors(lengths, heads, torch.float64)
+    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments_of(groups))
+    expected = plainly(q, k, v, seen_by(lengths, parents))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_without_segments_all_is_one_sequence():
+    q, k, v = tensors([6], (2, 2), torch.float64)
+    out, _ = packed_attention(nn.Module(), q, k, v, None)
+    torch.testing.assert_close(out, plainly(q, k, v, seen_by([6], [-1])))
+
+
+def test_a_window_ends_what_a_token_sees():
+    lengths = [9, 3]
+    q, k, v = tensors(lengths, (2, 2), torch.float64)
+    segments = segments_of([(8, [1]), (1, [2])])
+    out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments, sliding_window=4)
+    seen = [tokens[-4:] for tokens in seen_by(lengths, [-1, -1])]
+    torch.testing.assert_close(out, plainly(q, k, v, seen))
+    shared = segments_of([(4, [5, 3])])
+    with pytest.raises(NotImplementedError, match="a sliding window is not shared"):
+        packed_attention(nn.Module(), q, k, v, None, segments=shared, sliding_window=4)
+
+
+groups_lists = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.integers(1, 4), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(groups_lists)
+@settings(max_examples=50)
+def test_keys_are_gathered_for_a_kernel_of_variable_lengths(groups):
+    """What a GPU's kernel is given: query s is the end of its keys, and gradients add up."""
+    lengths, parents = layout(groups)
+    segments = segments_of(groups)
+    assert segments.lengths == tuple(lengths) and segments.parents == tuple(parents)
+    x = torch.randn(sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
+    gathered = _gathered(x, segments)
+    starts = [0, *itertools.accumulate(lengths)]
+    wanted = []
+    for s, parent in enumerate(parents):
+        if parent >= 0:
+            wanted.append(x[starts[parent] : starts[parent + 1]])
+        wanted.append(x[starts[s] : starts[s + 1]])
+        assert segments.cu_keys[s + 1] - segments.cu_keys[s] == segments.keys[s]
+    assert torch.equal(gathered, torch.cat(wanted))
+    weights = torch.randn_like(gathered)
+    (found,) = torch.autograd.grad((gathered * weights).sum(), x)
+    (expected,) = torch.autograd.grad((torch.cat(wanted) * weights).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    for _, tokens in segments.key_places[1]:
+        assert len(tokens.unique()) == len(tokens)
