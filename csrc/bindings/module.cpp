@@ -20,4 +20,5 @@ PYBIND11_MODULE(_bridge, m) {
   });
 
   fastalign::bind_packer(m);
+  fastalign::bind_sampler(m);
 }
