@@ -65,6 +65,11 @@ class SamplingSettings:
             raise ValueError(f"min_p is {self.min_p}: it must be from 0 to 1")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which would end every completion")
+        for text in self.stop:
+            if "\ufffd" in text:
+                raise ValueError(
+                    f"stop holds {text!r}, with U+FFFD: it stands for bytes that are no text"
+                )
 
 
 @dataclass(frozen=True)

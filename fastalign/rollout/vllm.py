@@ -193,6 +193,10 @@ class VllmEngine:
 
         vLLM repeats a whole call bitwise for the same prompts, seeds and weights.  Half of a call
         may give other tokens, because the rounding of batched products depends on the batch.
+
+        It keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
+        by the token id, and reads stop strings from whole characters: a token that completes one
+        and begins another character ends the completion when that character is whole.
         """
         from vllm import SamplingParams
 
