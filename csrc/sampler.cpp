@@ -27,12 +27,18 @@ constexpr float kLeastExponent = -87.5f;
 constexpr float kRound = 0x1.8p23f;  // added, it leaves no room for a fraction
 constexpr std::uint32_t kRoundBits = 0x4B400000;
 
+// Bins of the histogram for wide nuclei and their number in one unit of the tempered logits. What
+// is further than 64 below the largest shares the last bin.
+constexpr std::size_t kBins = 4096;
+constexpr float kBinsPerUnit = 64.0f;
+
 // See sampler_kernels.inc.
 struct Kernels {
   float (*largest)(const float* x, std::size_t n, float* lane_max);
   double (*sum_weights)(const float* x, std::size_t n, float top, float scale, float least);
   void (*write_weights)(const float* x, std::size_t n, float top, float scale, float least,
                         float* weights);
+  void (*write_bins)(const float* x, std::size_t n, float top, float scale, std::int32_t* bins);
   void (*widen)(const std::uint16_t* from, std::size_t n, float* to);
 };
 
@@ -71,15 +77,11 @@ const Kernels& kernels_of(Isa isa) {
   return portable::kKernels;
 }
 
-// The first groups looked at for a nucleus: one that is spread over more tokens than so many
-// groups of logits hold is found from a histogram of the whole row.
-constexpr std::size_t kNucleusGroups = 128;
-// Bins of that histogram and their number in one unit of the tempered logits. What is further than
-// 64 below the largest shares the last bin.
-constexpr std::size_t kBins = 4096;
-constexpr float kBinsPerUnit = 64.0f;
-// A thread takes 20 to 50 us to start, which is the time for as many logits.
-constexpr std::size_t kLogitsPerThread = std::size_t{1} << 18;
+// Groups of logits looked at for a nucleus, one number after the other; one that is spread over
+// more tokens than they hold is found from a histogram of the whole row.
+constexpr std::size_t kNucleusGroups[] = {64, 512};
+// A thread is worth its start from about as many logits, which take 0.4 ms and more.
+constexpr std::size_t kLogitsPerThread = std::size_t{1} << 20;
 
 struct Candidate {
   float logit;
@@ -111,6 +113,7 @@ class RowSampler {
                    : 0),
         staged_(kBlock),
         weights_(kBlock),
+        bins_of_(kBlock),
         tops_(blocks_),
         raw_(blocks_),
         masses_(blocks_),
@@ -288,8 +291,10 @@ class RowSampler {
     if (rule_.min_p > 0.0) sum_masses(border);
     if (rule_.top_p < 1.0) {
       const double target = rule_.top_p * total_;
-      rank(std::max(border.logit, lane_max_of_rank(kNucleusGroups)));
-      if (take(candidates_.size(), target) >= target) return draw_from_ranked(uniform);
+      for (std::size_t groups : kNucleusGroups) {
+        rank(std::max(border.logit, lane_max_of_rank(groups)));
+        if (take(candidates_.size(), target) >= target) return draw_from_ranked(uniform);
+      }
       border = nucleus_border(border, target);
       sum_masses(border);
     }
@@ -402,37 +407,32 @@ class RowSampler {
       if (tops_[block] < outer.logit || tops_[block] == -kInfinity) continue;
       const auto [x, n] = load(block);
       kernels_.write_weights(x, n, top_, scale_, outer.logit, weights_.data());
+      kernels_.write_bins(x, n, top_, scale_ * kBinsPerUnit, bins_of_.data());
       for (std::size_t i = 0; i < size_of(block); ++i) {
-        bins_[bin_of(x[i])] += static_cast<double>(weights_[i]);
+        bins_[static_cast<std::size_t>(bins_of_[i])] += static_cast<double>(weights_[i]);
       }
     }
     double above = 0.0;
     std::size_t bin = 0;
     while (bin + 1 < kBins && above + bins_[bin] < target) above += bins_[bin++];
 
-    rank_bin(bin, outer.logit);
+    rank_bin(static_cast<std::int32_t>(bin), outer.logit);
     take(candidates_.size(), target - above);
     // An empty bin, where rounding left a little of the target, keeps the whole of what is above.
     if (ranked_.empty()) return outer;
     return {ranked_.back().token.logit, ranked_.back().token.id};
   }
 
-  std::size_t bin_of(float value) const {
-    const float bin = (top_ - value) * scale_ * kBinsPerUnit;
-    // Also what is NaN by now: the memory is the caller's.
-    return bin < static_cast<float>(kBins - 1) ? static_cast<std::size_t>(std::max(bin, 0.0f))
-                                               : kBins - 1;
-  }
-
-  void rank_bin(std::size_t bin, float least) {
+  void rank_bin(std::int32_t bin, float least) {
     candidates_.clear();
     ranked_.clear();
     for (std::size_t block = 0; block < blocks_; ++block) {
-      if (tops_[block] < least || bin_of(tops_[block]) > bin) continue;
+      if (tops_[block] < least || tops_[block] == -kInfinity) continue;
       const auto [x, n] = load(block);
+      kernels_.write_bins(x, n, top_, scale_ * kBinsPerUnit, bins_of_.data());
       const std::size_t start = start_of(block);
       for (std::size_t i = 0; i < size_of(block); ++i) {
-        if (bin_of(x[i]) == bin && x[i] >= least && x[i] > -kInfinity) {
+        if (bins_of_[i] == bin && x[i] >= least && x[i] > -kInfinity) {
           candidates_.push_back({x[i], static_cast<std::uint32_t>(start + i)});
         }
       }
@@ -488,7 +488,8 @@ class RowSampler {
   float top_ = 0.0f;
   double raw_total_ = 0.0;  // of the weights at temperature 1, relative to the largest logit
   double total_ = 0.0;      // of masses_
-  std::vector<float> staged_, weights_;
+  std::vector<float> staged_, weights_;  // of the block at hand
+  std::vector<std::int32_t> bins_of_;
   std::vector<float> tops_;  // by block
   std::vector<double> raw_, masses_;
   std::vector<float> lane_max_, sorted_;
