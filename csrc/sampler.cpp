@@ -293,7 +293,9 @@ class RowSampler {
       const double target = rule_.top_p * total_;
       for (std::size_t groups : kNucleusGroups) {
         rank(std::max(border.logit, lane_max_of_rank(groups)));
-        if (take(candidates_.size(), target) >= target) return draw_from_ranked(uniform);
+        const double mass = take(candidates_.size(), target);
+        if (mass >= target) return draw_from_ranked(uniform);
+        if (mass < 0.5 * target) break;  // too flat for the next number as well
       }
       border = nucleus_border(border, target);
       sum_masses(border);
