@@ -358,6 +358,15 @@ class Config(ModelConfig):
     # vLLM samples from no sharper policy.
     temperature: Annotated[float, Field(ge=0.01)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        0, description="Sample from so many of the most probable tokens; 0: from all."
+    )
+    min_p: Fraction = Field(
+        0.0, description="Never sample tokens less probable than this share of the most probable."
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Strings that end a completion with the token that completes one of them."
+    )
 
     # Running
     output_dir: str

@@ -112,7 +112,8 @@ class Evaluator:
 
     def _kl_to_reference(self, episodes: Sequence[Episode]) -> torch.Tensor:
         """Mean over sampled tokens of log p(policy) - log p(reference): an estimate of the KL
-        divergence for each token, unbiased where the recipe samples at temperature 1 and top-p 1.
+        divergence for each token, unbiased where the recipe samples at temperature 1 and from all
+        tokens.
         """
         run = self.run
         examples = [

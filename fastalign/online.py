@@ -245,6 +245,9 @@ def sampling_settings(run: Run) -> SamplingSettings:
         temperature=run.config.temperature,
         top_p=run.config.top_p,
         stop_token_ids=tuple(sorted(set().union(*(r.eos_ids for r in run.renderers)))),
+        top_k=run.config.top_k,
+        min_p=run.config.min_p,
+        stop=run.config.stop,
     )
 
 

@@ -464,6 +464,7 @@ def _make_engine(
         dtype=resolve_dtype(config, device),
         device=device,
         max_model_len=min(length, context_length(config)),
+        tokenizer=renderers[0].tokenizer if config.stop else None,
         lora_rank=config.lora_r if config.use_peft else None,
         seed=config.seed,
         world_size=dist.get_world_size(),

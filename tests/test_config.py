@@ -291,6 +291,9 @@ def test_there_are_recipes_for_every_method():
         ({"seed": -1}, "seed"),
         ({"adam_beta1": 1.0}, "adam_beta1"),
         ({"temperature": 0.005}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"stop": ["a", ""]}, "stop.1"),
         ({"cut": {"min_judged_prob": 1.0}}, "cut.min_judged_prob"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model is 'loss': it needs eval_steps"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,47 +207,104 @@ def test_top_p_never_leaves_the_nucleus(engine, model):
         assert (more_probable < top_p + 1e-5).all()
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_frequencies_follow_the_distribution(temperature, top_p):
-    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0, 3.0, -4.0, 0.5, 1.5]])
-    count = 40_000
-    uniforms = hf._uniforms(range(count), 1)[:, 0]
-    settings = SamplingSettings(1, temperature, top_p)
-    tokens, logprobs = hf._draw(logits.expand(count, -1), uniforms, settings)
-    p = (logits[0].double() / temperature).softmax(-1)
-    order = p.argsort(descending=True)
-    before = p[order].cumsum(0) - p[order]
-    p[order[before >= top_p]] = 0
-    p /= p.sum()
-    frequency = torch.bincount(tokens, minlength=8) / count
-    # Four standard errors of a frequency.
-    assert ((frequency - p).abs() <= 4 * (p * (1 - p) / count).sqrt() + 1e-9).all()
-    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[tokens])
+def test_min_p_and_top_k_bound_what_is_drawn(engine, model):
+    prompts = _prompts(_vocab_size(model))
+    for settings in (
+        SamplingSettings(20, temperature=1.2, min_p=0.6),
+        SamplingSettings(20, temperature=2.0, top_k=3),
+    ):
+        drawn = set()
+        for prompt, sample in zip(
+            prompts, engine.generate(prompts, settings, range(9)), strict=True
+        ):
+            logits = _logps(model, prompt, sample.token_ids).double() / settings.temperature
+            chosen = logits.gather(-1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])
+            if settings.top_k:
+                ranks = (logits > chosen + 1e-5).sum(-1)
+                assert (ranks < settings.top_k).all()
+                drawn |= set(ranks.tolist())
+            else:
+                assert (chosen[:, 0] >= logits.amax(-1) + np.log(0.6) - 1e-5).all()
+                drawn |= set((logits > chosen).sum(-1).tolist())
+        assert len(drawn) >= 3, "not only the most probable token"
 
 
-def test_a_nucleus_beyond_the_candidates_is_sorted_in_full(monkeypatch):
-    generator = torch.Generator().manual_seed(3)
-    p = torch.randn(50, 300, generator=generator).mul(torch.linspace(0.1, 6, 50)[:, None])
-    p = p.softmax(-1)
-    uniforms = torch.rand(50, generator=generator, dtype=torch.float64)
-    expected = hf._draw_nucleus(p, uniforms, 0.9)
-    monkeypatch.setattr(hf, "_TOP_CANDIDATES", 4)
-    assert (p.topk(4).values.sum(-1) < 0.9).any() and (p.topk(4).values.sum(-1) > 0.9).any()
-    assert torch.equal(hf._draw_nucleus(p, uniforms, 0.9), expected)
+def test_bf16_logits_are_drawn_from_as_they_are(sharp_llama, monkeypatch):
+    engine = HfEngine(sharp_llama, CONFIG, dtype=torch.bfloat16, max_model_len=64)
+    prompts = _prompts(320, lengths=(4, 9))
+    kept = []
+    forward = engine._forward
+    monkeypatch.setattr(
+        engine, "_forward", lambda *args: kept.append(forward(*args).clone()) or kept[-1]
+    )
+    rollouts = engine.generate(prompts, SamplingSettings(6), seeds=[1, 2])
+    assert {logits.dtype for logits in kept} == {torch.bfloat16}
+    for row, sample in enumerate(rollouts):
+        logps = torch.stack([logits[row].double().log_softmax(-1) for logits in kept])
+        expected = logps[torch.arange(6), sample.token_ids.astype(np.int64)].numpy()
+        np.testing.assert_allclose(sample.logprobs, expected, atol=2e-6)
+    engine.close()
 
 
-def test_the_last_token_of_the_distribution_can_be_drawn():
-    p = torch.tensor([[0.25, 0.75, 0.0], [0.0, 1.0, 0.0]])
-    highest = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
-    assert hf._invert(p, highest).tolist() == [1, 1]
-    assert hf._invert(p, torch.zeros(2, dtype=torch.float64)).tolist() == [0, 1]
+def test_half_precision_logits_are_drawn_from(sharp_llama):
+    engine = HfEngine(sharp_llama, CONFIG, dtype=torch.float16, max_model_len=64)
+    (sample,) = engine.generate(_prompts(320, lengths=(4,)), SamplingSettings(6), seeds=[1])
+    assert sample.token_ids.size == 6 and (sample.logprobs < 0).all()
+    engine.close()
+
+
+def test_logits_that_are_no_numbers_end_the_call(engine, model):
+    weights = {name: torch.full_like(p, torch.nan) for name, p in _weights(model).items()}
+    engine.load_weights(weights.items(), frozenset(weights), version=1)
+    with pytest.raises(EngineError, match=r"cannot be sampled from: logits\[0\]\[0\] is NaN"):
+        engine.generate(_prompts(_vocab_size(model)), SamplingSettings(2), range(9))
 
 
 def test_gaps_close_with_few_moves():
-    keep = torch.tensor([True, False, True, True, False])
+    keep = np.array([True, False, True, True, False])
     assert hf._close_gaps(keep).tolist() == [0, 3, 2]
     assert hf._close_gaps(~keep).tolist() == [4, 1]
-    assert hf._close_gaps(torch.zeros(3, dtype=torch.bool)).tolist() == []
+    assert hf._close_gaps(np.zeros(3, dtype=np.bool_)).tolist() == []
+
+
+# --------------------------------------------------------------------------------- stop strings
+
+
+def test_stop_strings_end_a_completion_with_the_token_that_completes_them(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    engine = HfEngine(
+        tiny_llama, CONFIG, dtype=torch.float32, max_model_len=256, tokenizer=tokenizer
+    )
+    prompts = _prompts(320)
+    free = engine.generate(prompts, SamplingSettings(60), seeds=range(9))
+    texts = [tokenizer.decode(sample.token_ids, skip_special_tokens=True) for sample in free]
+    # Of whole characters: a random model writes bytes that are none.
+    pairs = [re.search(r"[ -~]{4}", text[4:]) for text in texts[:3]]
+    stop = (*(pair[0] for pair in pairs if pair), "nowhere")
+    assert len(stop) > 2
+    stopped = engine.generate(prompts, SamplingSettings(60, stop=stop), seeds=range(9))
+    reasons = set()
+    for whole, cut in zip(free, stopped, strict=True):
+        n = len(cut.token_ids)
+        np.testing.assert_array_equal(cut.token_ids, whole.token_ids[:n])
+        np.testing.assert_allclose(cut.logprobs, whole.logprobs[:n], atol=TOLERANCE)
+        found = [
+            any(s in tokenizer.decode(whole.token_ids[:k], skip_special_tokens=True) for s in stop)
+            for k in range(1, 61)
+        ]
+        ended = any(found)
+        assert cut.finish_reason == ("stop" if ended else "length")
+        assert n == (found.index(True) + 1 if ended else 60)
+        reasons.add(cut.finish_reason)
+    assert reasons == {"stop", "length"}
+    engine.close()
+
+
+def test_stop_strings_need_a_tokenizer(engine):
+    with pytest.raises(
+        ValueError, match=r"stop is \('x',\), but the engine was made without a tok"
+    ):
+        engine.generate([np.array([5])], SamplingSettings(4, stop=("x",)), [0])
 
 
 def test_an_empty_call(engine):
@@ -276,6 +334,16 @@ def test_bad_settings_are_refused(engine):
         SamplingSettings(4, top_p=0)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         SamplingSettings(0)
+    with pytest.raises(ValueError, match="top_k is -1: it must be 0"):
+        SamplingSettings(4, top_k=-1)
+    with pytest.raises(ValueError, match=r"min_p is 1.5: it must be from 0 to 1"):
+        SamplingSettings(4, min_p=1.5)
+    with pytest.raises(ValueError, match="stop holds an empty string"):
+        SamplingSettings(4, stop=("a", ""))
+    with pytest.raises(ValueError, match=r"stop holds 'a.', with U\+FFFD"):
+        SamplingSettings(4, stop=("a\ufffd",))
+    with pytest.raises(ValueError, match="seed 0 is -1: it must be from 0 to"):
+        engine.generate([np.array([5])], SamplingSettings(4), [-1])
     with pytest.raises(ValueError, match="1 prompts have 2 seeds"):
         engine.generate([np.array([5])], SamplingSettings(4), [0, 1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from fastalign.config import RolloutConfig
 from fastalign.rollout import EngineError, Rollout, SamplingSettings, make_engine
 from fastalign.rollout import vllm as vllm_module
+from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.vllm import VllmEngine
 
 # fp32 on both sides, other kernels: 2-layer logits of size 1.
@@ -183,6 +185,69 @@ def test_seeds_repeat_a_call(engine, model):
     tokens = {tuple(first[i].token_ids) for i in (5, 9, 10, 11)}
     assert len(tokens) == 4, "samples of one prompt differ by their seeds"
     assert not _same(first, engine.generate(prompts, settings, [s + 1 for s in seeds]))
+
+
+def test_min_p_and_top_k_bound_what_is_drawn(engine, model):
+    """By the same rules as the embedded engine, where test_rollout_hf asks for the same."""
+    prompts = _prompts(model.config.vocab_size)
+    for settings in (
+        SamplingSettings(20, temperature=1.2, min_p=0.6),
+        SamplingSettings(20, temperature=2.0, top_k=3),
+    ):
+        drawn = set()
+        for prompt, sample in zip(
+            prompts, engine.generate(prompts, settings, range(9)), strict=True
+        ):
+            logits = _logps(model, prompt, sample.token_ids).double() / settings.temperature
+            chosen = logits.gather(-1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])
+            ranks = (logits > chosen + 1e-4).sum(-1)
+            drawn |= set(ranks.tolist())
+            if settings.top_k:
+                assert (ranks < settings.top_k).all()
+            else:
+                assert (chosen[:, 0] >= logits.amax(-1) + np.log(0.6) - 1e-4).all()
+        assert len(drawn) >= 3, "not only the most probable token"
+
+
+def test_stop_strings_need_a_tokenizer(engine):
+    with pytest.raises(
+        ValueError, match=r"stop is \('x',\), but the engine was made without a tok"
+    ):
+        engine.generate([np.array([5])], SamplingSettings(4, stop=("x",)), [0])
+
+
+def test_stop_strings_end_a_completion_as_in_the_embedded_engine(smollm):
+    """With the token that completes one of them, which is kept."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    options = {"dtype": torch.float32, "max_model_len": 128, "tokenizer": tokenizer}
+    engine = VllmEngine(smollm, CONFIG, **options)
+    embedded = HfEngine(smollm, RolloutConfig(engine="hf"), **options)
+    texts = ("The capital of France is", "Once upon a time", "1, 2, 3,")
+    prompts = [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
+    # Inside a token, across tokens, of several bytes, and one that never comes.
+    reasons = set()
+    for temperature in (0.0, 1.0):
+        settings = SamplingSettings(16, temperature)
+        free = engine.generate(prompts, settings, seeds=range(3))
+        decoded = [tokenizer.decode(sample.token_ids) for sample in free]
+        settings = replace(settings, stop=(decoded[0][5:9], decoded[1][20:21], "\u00e9", "nowhere"))
+        stopped = engine.generate(prompts, settings, seeds=range(3))
+        for whole, cut in zip(free, stopped, strict=True):
+            begun = [tokenizer.decode(whole.token_ids[: k + 1]) for k in range(16)]
+            found = [any(stop in text for stop in settings.stop) for text in begun]
+            n = found.index(True) + 1 if any(found) else 16
+            assert cut.token_ids.tolist() == whole.token_ids[:n].tolist()
+            assert cut.finish_reason == ("stop" if any(found) else "length")
+            assert len(cut.logprobs) == n
+            reasons.add(cut.finish_reason)
+        if temperature == 0:
+            ours = embedded.generate(prompts, settings, seeds=range(3))
+            for a, b in zip(ours, stopped, strict=True):
+                assert a.token_ids.tolist() == b.token_ids.tolist()
+                assert a.finish_reason == b.finish_reason
+    assert reasons == {"stop", "length"}
+    engine.close()
+    embedded.close()
 
 
 def test_next_logprobs_equal_the_models(engine, model):

@@ -250,7 +250,7 @@ GOLDEN_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-sigmoid": ("dpo", {"label_smoothing": 0.05}),
     "dpo-ipo": ("dpo", {"loss_type": "ipo"}),
     "dpo-hinge-lora": ("dpo", {"loss_type": "hinge", **LORA}),
-    "cut-online": ("cut", {}),
+    "cut-online": ("cut", {"seed": 1}),
     "self-judge": ("dpo", {"top_p": 0.9, **LORA}),
 }
 

@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 void bind_packer(py::module_& m);
 void bind_store(py::module_& m);
+void bind_sampler(py::module_& m);
 
 inline std::string type_name(py::handle object) {
   return py::str(py::type::handle_of(object).attr("__name__"));

@@ -21,4 +21,5 @@ PYBIND11_MODULE(_bridge, m) {
 
   fastalign::bind_packer(m);
   fastalign::bind_store(m);
+  fastalign::bind_sampler(m);
 }

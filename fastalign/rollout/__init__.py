@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.engine import (
@@ -73,6 +74,7 @@ def make_engine(
     world_size: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> RolloutEngine:
     """Start the engine that ``config`` asks for, on this rank.
 
@@ -88,9 +90,11 @@ def make_engine(
         seed: of the engine's own random state; requests bring theirs.
         world_size: processes of the run.
         revision: of a hub model.
+        tokenizer: the model's, for an engine that is asked for stop strings; None: it takes none.
 
     Raises:
-        ConfigError: vLLM is asked for and not installed.
+        ConfigError: vLLM is asked for and not installed, or the embedded engine cannot tell the
+            text of the tokenizer's tokens.
         EngineError: the engine does not start.
     """
     if config.dtype != "auto":
@@ -109,6 +113,7 @@ def make_engine(
             world_size=world_size,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
         )
     from fastalign.rollout.hf import HfEngine
 
@@ -120,4 +125,5 @@ def make_engine(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        tokenizer=tokenizer,
     )

@@ -23,21 +23,31 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn; temperature and top-p define the behaviour policy.
+    """How completions are drawn; temperature, min-p, top-k and top-p define the behaviour policy.
+
+    They apply in this order.
 
     Attributes:
         max_new_tokens: at most so many tokens are sampled.
         temperature: divides the logits; 0 takes the most probable token.
-        top_p: only the fewest most probable tokens whose probabilities, after the temperature, sum
-            to at least this are sampled.
-        stop_token_ids: sampling one of these ends the completion.  Nothing else does: the engine
-            adds no end token of its own.
+        top_p: only the fewest most probable tokens whose probabilities, after all else, sum to at
+            least this are sampled.
+        stop_token_ids: sampling one of these ends the completion.  Beside ``stop`` nothing else
+            does: the engine adds no end token of its own.
+        top_k: only so many of the most probable tokens are sampled; 0: all.
+        min_p: tokens less probable than this share of the most probable one are not sampled.
+        stop: strings; the completion ends with the token that completes one of them in its text,
+            special tokens left out.  What they end is kept: all that was sampled.  The engine has
+            to be made with a tokenizer.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,6 +59,17 @@ class SamplingSettings:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be 0 (all tokens) or above")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}: it must be from 0 to 1")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which would end every completion")
+        for text in self.stop:
+            if "\ufffd" in text:
+                raise ValueError(
+                    f"stop holds {text!r}, with U+FFFD: it stands for bytes that are no text"
+                )
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ class Rollout:
     Attributes:
         token_ids: int32 [L]; ends with a stop token only if the model produced one.
         logprobs: float32 [L]; log p of each token under the untempered, untruncated softmax.
-        finish_reason: "stop" (a stop token was sampled) or "length".
+        finish_reason: "stop" (a stop token was sampled, or a stop string completed) or "length".
         weight_version: version of the weights or adapter that sampled it.
     """
 
@@ -113,6 +134,19 @@ def check_prompts(
             )
         if prompt.min() < 0 or prompt.max() >= vocab_size:
             raise ValueError(f"prompt {index} holds a token id outside 0..{vocab_size - 1}")
+
+
+def check_stop(settings: SamplingSettings, has_tokenizer: bool) -> None:
+    """Refuse stop strings where an engine could not find them.
+
+    Raises:
+        ValueError: there are stop strings and no tokenizer.
+    """
+    if settings.stop and not has_tokenizer:
+        raise ValueError(
+            f"stop is {settings.stop!r}, but the engine was made without a tokenizer: it samples "
+            "token ids alone"
+        )
 
 
 class RolloutEngine(Protocol):

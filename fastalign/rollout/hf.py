@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from fastalign import _bridge
 from fastalign.config import RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
@@ -26,8 +27,10 @@ from fastalign.rollout.engine import (
     SamplingSettings,
     SyncReport,
     check_prompts,
+    check_stop,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
+from fastalign.rollout.token_bytes import token_bytes
 
 # Padded tokens of one prompt pass: bounds its activations, whatever max_num_seqs is.
 _PREFILL_TOKENS = 32768
@@ -36,17 +39,16 @@ _PREFILL_TOKENS = 32768
 _CPU_SCORING_TOKENS = 1024
 # Tokens by which a cache layer grows: each growth copies the layer once.
 _ROOM = 64
-# Candidates looked at first for top-p; rows whose nucleus is larger are sorted in full.
-_TOP_CANDIDATES = 1024
 
 
 class HfEngine:
     """Samples from a replica of the model with a key-value cache; see :class:`RolloutEngine`.
 
     Requests are sorted by prompt length and run ``max_num_seqs`` at a time.  Prompts are padded on
-    the left, equal prompts are computed once, and rows that finished leave the batch at once.  Each
-    request draws from numbers that its seed alone decides: what it samples depends on the other
-    requests only through the rounding of batched matrix products.
+    the left, equal prompts are computed once, and rows that finished leave the batch at once.
+    Tokens are drawn on the CPU, from the logits in the model's own dtype; the number that draws a
+    token is decided by the request's seed and the token's place alone.  So what a request samples
+    depends on the others only through the rounding of batched matrix products.
 
     Weights are proven by content: after a transfer the replica's own parameters are read back.
     """
@@ -63,6 +65,7 @@ class HfEngine:
         device: torch.device | str = "cpu",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Load the replica.
 
@@ -70,8 +73,10 @@ class HfEngine:
             model_path: model folder or hub name, as transformers loads it.
             dtype: of parameters and arithmetic.
             max_model_len: most tokens of prompt and completion together.
+            tokenizer: the model's, for stop strings; None: it takes none.
 
         Raises:
+            ConfigError: the text of the tokenizer's tokens cannot be told.
             EngineError: the model does not load, or DeepSpeed ZeRO-3 is set up already and would
                 shard the replica.
         """
@@ -80,6 +85,7 @@ class HfEngine:
                 "the embedded engine must be made before HfDeepSpeedConfig: transformers would "
                 "shard its replica over the ranks"
             )
+        self._tokens = _bridge.TokenBytes(token_bytes(tokenizer)) if tokenizer is not None else None
         self._device = torch.device(device)
         self._config = config
         self.max_model_len = max_model_len
@@ -111,13 +117,17 @@ class HfEngine:
         self._check_usable(adapter)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
+        for index, seed in enumerate(seeds):
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed {index} is {seed}: it must be from 0 to 2^64 - 1")
         check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
+        check_stop(settings, self._tokens is not None)
         version = self._version if adapter is None else self._adapters[adapter]
         results: list[Rollout | None] = [None] * len(prompts)
         with torch.inference_mode(), self._using(adapter):
             for rows in self._batches(prompts, _PREFILL_TOKENS):
-                uniforms = _uniforms([seeds[i] for i in rows], settings.max_new_tokens)
-                batch = self._sample([prompts[i] for i in rows], uniforms, settings, version)
+                seeds_B = np.array([seeds[i] for i in rows], dtype=np.uint64)
+                batch = self._sample([prompts[i] for i in rows], seeds_B, settings, version)
                 for row, rollout in zip(rows, batch, strict=True):
                     results[row] = rollout
         return [rollout for rollout in results if rollout is not None]
@@ -139,7 +149,7 @@ class HfEngine:
                 unique, source_B = self._distinct([prompts[i] for i in rows])
                 ids_UP, mask_UP = self._pad(unique)
                 logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache=None)
-                logp_UK = logits_UV.log_softmax(dim=-1)[:, wanted].cpu().numpy()
+                logp_UK = logits_UV.float().log_softmax(dim=-1)[:, wanted].cpu().numpy()
                 result[rows] = logp_UK[source_B]
         return result
 
@@ -337,7 +347,7 @@ class HfEngine:
         positions_BN: torch.Tensor,
         cache: DynamicCache | None,
     ) -> torch.Tensor:
-        """float32 logits [B, V] after the last token."""
+        """Logits [B, V] after the last token, in the model's dtype."""
         # As an index, not as a number: a number makes a strided slice of the hidden states, and
         # torch then multiplies by the whole output matrix copied once per row.
         last = torch.full((1,), ids_BN.shape[1] - 1, device=ids_BN.device)
@@ -349,12 +359,12 @@ class HfEngine:
             use_cache=cache is not None,
             logits_to_keep=last,
         )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
     def _sample(
         self,
         prompts: Sequence[np.ndarray],
-        uniforms_BT: torch.Tensor,
+        seeds_B: np.ndarray,
         settings: SamplingSettings,
         version: int,
     ) -> list[Rollout]:
@@ -364,52 +374,58 @@ class HfEngine:
         cache = _new_cache(self._model.config)
         logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache)
 
-        device = self._device
-        rows_B = torch.from_numpy(source_B).to(device)
-        logits_BV, mask_BL = logits_UV[rows_B], mask_UP[rows_B]
+        rows_B = torch.from_numpy(source_B).to(self._device)
+        logits_RV, mask_RL = logits_UV[rows_B], mask_UP[rows_B]
         if len(unique) < len(prompts):
             cache.batch_select_indices(rows_B)
-        position_B = mask_BL.sum(dim=-1)
-        uniforms_BT = uniforms_BT.to(device)
-        stops = torch.tensor(settings.stop_token_ids, dtype=torch.int64, device=device)
-        limit = settings.max_new_tokens
-        tokens_BT = torch.zeros(len(prompts), limit, dtype=torch.int32, device=device)
-        logprobs_BT = torch.zeros(len(prompts), limit, dtype=torch.float32, device=device)
-        length_B = torch.full((len(prompts),), limit, device=device)
-        stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        # Rows still running, by their index in the batch; the tensors below hold these rows alone.
-        alive_R = torch.arange(len(prompts), device=device)
+        position_R = mask_RL.sum(dim=-1)
+        count, limit = len(prompts), settings.max_new_tokens
+        tokens_BT = np.zeros((count, limit), dtype=np.int32)
+        logprobs_BT = np.zeros((count, limit), dtype=np.float32)
+        length_B = np.full(count, limit)
+        stopped_B = np.zeros(count, dtype=np.bool_)
+        matcher = self._stop_matcher(settings.stop, count)
+        # Rows still running, by their index in the batch; what ends in R holds these rows alone.
+        alive_R = np.arange(count)
         for step in range(limit):
-            token_R, logprob_R = _draw(logits_BV, uniforms_BT[alive_R, step], settings)
-            tokens_BT[alive_R, step] = token_R.to(torch.int32)
+            token_R, logprob_R = _draw(logits_RV, seeds_B[alive_R], step, settings)
+            tokens_BT[alive_R, step] = token_R
             logprobs_BT[alive_R, step] = logprob_R
-            done_R = torch.isin(token_R, stops)
+            done_R = np.isin(token_R, settings.stop_token_ids)
+            if matcher is not None:
+                done_R |= matcher.push(alive_R, token_R)
             length_B[alive_R[done_R]] = step + 1
             stopped_B[alive_R[done_R]] = True
             if step + 1 == limit:
                 break
             if done_R.any():
-                keep = _close_gaps(~done_R)
-                if keep.numel() == 0:
+                keep_R = _close_gaps(~done_R)
+                if keep_R.size == 0:
                     break
+                alive_R, token_R = alive_R[keep_R], token_R[keep_R]
+                keep = torch.from_numpy(keep_R).to(self._device)
                 cache.batch_select_indices(keep)
-                alive_R, token_R, mask_BL = alive_R[keep], token_R[keep], mask_BL[keep]
-                position_B = position_B[keep]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(mask_BL), 1)], dim=-1)
-            logits_BV = self._forward(token_R[:, None], mask_BL, position_B[:, None], cache)
-            position_B = position_B + 1
+                mask_RL, position_R = mask_RL[keep], position_R[keep]
+            mask_RL = torch.cat([mask_RL, mask_RL.new_ones(len(mask_RL), 1)], dim=-1)
+            ids_R1 = torch.from_numpy(token_R.astype(np.int64)[:, None]).to(self._device)
+            logits_RV = self._forward(ids_R1, mask_RL, position_R[:, None], cache)
+            position_R = position_R + 1
 
-        lengths, stopped = length_B.tolist(), stopped_B.tolist()
-        tokens, logprobs = tokens_BT.cpu().numpy(), logprobs_BT.cpu().numpy()
         return [
             Rollout(
-                token_ids=tokens[row, : lengths[row]].copy(),
-                logprobs=logprobs[row, : lengths[row]].copy(),
-                finish_reason="stop" if stopped[row] else "length",
+                token_ids=tokens_BT[row, :length].copy(),
+                logprobs=logprobs_BT[row, :length].copy(),
+                finish_reason="stop" if stopped_B[row] else "length",
                 weight_version=version,
             )
-            for row in range(len(prompts))
+            for row, length in enumerate(length_B)
         ]
+
+    def _stop_matcher(self, stop: Sequence[str], rows: int) -> _bridge.StopMatcher | None:
+        if not stop:
+            return None
+        assert self._tokens is not None
+        return _bridge.StopMatcher(self._tokens, [text.encode() for text in stop], rows)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -470,15 +486,15 @@ def _new_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def _close_gaps(keep_R: torch.Tensor) -> torch.Tensor:
+def _close_gaps(keep_R: np.ndarray) -> np.ndarray:
     """Indices of the kept rows, arranged so that as few as possible change their place.
 
     Kept rows among the first n = keep.sum() stay where they are, and each gap there takes one of
     the kept rows behind: [1, 0, 1, 1, 0] gives [0, 3, 2].
     """
-    rows = torch.arange(len(keep_R), device=keep_R.device)
+    rows = np.arange(len(keep_R))
     count = int(keep_R.sum())
-    arranged = rows[:count].clone()
+    arranged = rows[:count].copy()
     arranged[~keep_R[:count]] = rows[count:][keep_R[count:]]
     return arranged
 
@@ -499,64 +515,39 @@ def _positions(mask_UP: torch.Tensor) -> torch.Tensor:
     return (mask_UP.cumsum(dim=-1) - 1).clamp_(min=0)
 
 
-def _uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
-    """float64 [len(seeds), count] in [0, 1): a request's draws, from its own generator."""
-    generator = torch.Generator()
-    return torch.stack(
-        [
-            torch.rand(count, generator=generator.manual_seed(seed), dtype=torch.float64)
-            for seed in seeds
-        ]
-    )
-
-
 def _draw(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, settings: SamplingSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token [B] by inversion of the distribution function, and its raw log-prob [B].
+    logits_RV: torch.Tensor, seeds_R: np.ndarray, step: int, settings: SamplingSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token [R] and its raw log-prob [R]; see :func:`fastalign._bridge.sample`.
 
-    The token is the first one in the order of the vocabulary (with top-p: in falling order of
-    probability) at which the running sum of the probabilities exceeds u times their total.
+    Raises:
+        EngineError: the logits are none to sample from (NaN, infinity).
     """
-    logp_BV = logits_BV.log_softmax(dim=-1)
-    if settings.temperature == 0:
-        token_B = logits_BV.argmax(dim=-1)
+    try:
+        tokens, logprobs, _ = _bridge.sample(
+            _on_host(logits_RV),
+            seeds_R,
+            np.full(len(seeds_R), step, dtype=np.uint64),
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            # As many as torch has, whose own are idle meanwhile.
+            threads=torch.get_num_threads(),
+        )
+    except ValueError as error:
+        raise EngineError(f"the model's logits cannot be sampled from: {error}") from None
+    return tokens, logprobs
+
+
+def _on_host(logits: torch.Tensor) -> np.ndarray:
+    """float32, or the bits of bfloat16 as uint16, without a copy where they lie there."""
+    if logits.dtype == torch.float16:
+        logits = logits.float()
+    if logits.device.type == "cuda":
+        pinned = torch.empty_like(logits, device="cpu", pin_memory=True)
+        logits = pinned.copy_(logits)
     else:
-        if settings.temperature == 1:
-            p_BV = logp_BV.exp()
-        else:
-            p_BV = (logits_BV / settings.temperature).softmax(dim=-1)
-        if settings.top_p < 1:
-            token_B = _draw_nucleus(p_BV, uniform_B, settings.top_p)
-        else:
-            token_B = _invert(p_BV, uniform_B)
-    return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
-
-
-def _draw_nucleus(p_BV: torch.Tensor, uniform_B: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Draw from the fewest most probable tokens whose probabilities sum to at least ``top_p``."""
-    kept_BK, ids_BK = p_BV.topk(min(_TOP_CANDIDATES, p_BV.shape[-1]), dim=-1)
-    token_B = ids_BK.gather(-1, _invert(_nucleus(kept_BK, top_p), uniform_B)[:, None])[:, 0]
-    # Where the candidates do not reach top_p the nucleus is larger than they are.
-    wide = (kept_BK.sum(dim=-1, dtype=torch.float64) < top_p).nonzero()[:, 0]
-    if wide.numel() and kept_BK.shape[-1] < p_BV.shape[-1]:
-        kept_WV, ids_WV = p_BV[wide].sort(dim=-1, descending=True)
-        place_W = _invert(_nucleus(kept_WV, top_p), uniform_B[wide])
-        token_B[wide] = ids_WV.gather(-1, place_W[:, None])[:, 0]
-    return token_B
-
-
-def _nucleus(sorted_BK: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero what lies outside: a token stays while the sum before it is below ``top_p``."""
-    sums_BK = sorted_BK.cumsum(dim=-1, dtype=torch.float64)
-    return sorted_BK.where(sums_BK - sorted_BK < top_p, 0)
-
-
-def _invert(p_BK: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """First index [B] whose running sum of ``p`` exceeds uniform times the sum of all."""
-    sums_BK = p_BK.cumsum(dim=-1, dtype=torch.float64)
-    total_B1 = sums_BK[:, -1:]
-    target_B1 = uniform_B[:, None] * total_B1
-    # Rounding can lift the product to the total, behind which there is no token.
-    target_B1 = torch.minimum(target_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-    return torch.searchsorted(sums_BK, target_B1, right=True)[:, 0]
+        logits = logits.cpu()
+    bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
+    return bits.numpy()

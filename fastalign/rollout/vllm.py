@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import RolloutConfig
 from fastalign.rollout.engine import (
@@ -36,6 +37,7 @@ from fastalign.rollout.engine import (
     SamplingSettings,
     SyncReport,
     check_prompts,
+    check_stop,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 
@@ -100,6 +102,7 @@ class VllmEngine:
         world_size: int = 1,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Start vLLM on this rank's device.
 
@@ -118,6 +121,7 @@ class VllmEngine:
             max_adapters: most adapters at once.
             seed: of vLLM's own random state; requests bring theirs.
             world_size: ranks of the run.
+            tokenizer: the model's; vLLM loads the same for stop strings.  None: it takes none.
 
         Raises:
             EngineError: several ranks without a process group, or vLLM does not start.
@@ -138,6 +142,12 @@ class VllmEngine:
                 arguments = _engine_arguments(config, max_model_len, self._on_cpu)
                 if world_size > 1:
                     arguments["distributed_executor_backend"] = "external_launcher"
+                if tokenizer is not None:
+                    arguments |= {
+                        "skip_tokenizer_init": False,
+                        "tokenizer": tokenizer.name_or_path,
+                        "tokenizer_revision": revision,
+                    }
                 if lora_rank is not None:
                     arguments |= {
                         "enable_lora": True,
@@ -157,6 +167,7 @@ class VllmEngine:
         _started.append(self._llm)
         self._request_type = LoRARequest
         self._dtype = dtype
+        self._has_tokenizer = tokenizer is not None
         self.max_model_len = max_model_len
         self.prompt_tokens = PromptTokens()
         self._max_adapters = max_adapters if lora_rank is not None else 0
@@ -182,6 +193,10 @@ class VllmEngine:
 
         vLLM repeats a whole call bitwise for the same prompts, seeds and weights.  Half of a call
         may give other tokens, because the rounding of batched products depends on the batch.
+
+        It keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
+        by the token id, and reads stop strings from whole characters: a token that completes one
+        and begins another character ends the completion when that character is whole.
         """
         from vllm import SamplingParams
 
@@ -189,18 +204,23 @@ class VllmEngine:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
         check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
+        check_stop(settings, self._has_tokenizer)
         params = [
             SamplingParams(
                 max_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                top_k=settings.top_k,
+                min_p=settings.min_p,
                 seed=seed,
+                stop=list(settings.stop),
                 stop_token_ids=list(settings.stop_token_ids),
                 # The model's own end tokens are not ours to add: the settings name all.
                 ignore_eos=True,
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                # Stop strings are found in the text.
+                detokenize=bool(settings.stop),
             )
             for seed in seeds
         ]
