@@ -290,6 +290,7 @@ class EpisodeStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
 def sample(
     logits: NDArray[np.float32] | NDArray[np.uint16],
     seeds: NDArray[np.uint64],
