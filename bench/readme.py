@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
 WHAT = {"frozen": "frozen head", "trained": "trained head", "values": "values alone"}
-# What their names begin with: results of the bridge, which have a page of their own.
-BRIDGE = ("packing", "sampling", "store")
+# What their names begin with: results that docs/bridge.md shows, and whole steps beside a peer's.
+BRIDGE = ("packing", "sampling", "store", "dpo-step")
 # In whose ways the same numbers are computed, as bench/test_linear_logprob.py calls them.
 PEERS = {
     "naive": "plain torch",
