@@ -315,7 +315,7 @@ def test_evaluation_pauses_too_and_is_made_up_for(server, rule, sharp_llama, tmp
         **keys,
     )
     steps = []
-    for limit in range(1, questions + 4, 4):
+    for limit in range(1, questions + 3, 3):
         judge = by_server(server, max_requests=limit)
         try:
             train(changed(config, eval_judge=judge, resume_from_checkpoint=limit > 1))
