@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/kernels.md, made from the files under bench/results alone.
+"""The tables of README.md, docs/kernels.md and docs/bridge.md, made from bench/results alone.
 
 python bench/readme.py
 """
@@ -99,6 +99,31 @@ def in_full(folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def bridge(folder: Path = RESULTS) -> str:
+    """What runs in csrc/ beside whoever else does it, for docs/bridge.md."""
+    results = [r for r in load(folder) if r["file"].startswith(BRIDGE[:-1])]
+    lines = ["| device | what | FastAlign, ms | others, ms |", "| --- | --- | --- | --- |"]
+    for result in results:
+        groups: dict[str, dict[str, Any]] = {}
+        for row in result["rows"]:
+            groups.setdefault(row["group"], {})[row["who"]] = row
+        for group, rows in groups.items():
+            ours = {name: row for name, row in rows.items() if name.startswith("fastalign")}
+            shown = [
+                "; ".join(f"{_variant(name)}{_ms(row)}" for name, row in who.items())
+                for who in (ours, {n: row for n, row in rows.items() if n not in ours})
+            ]
+            what = f"drawing, {group}" if result["file"].startswith("sampling") else group
+            lines.append(f"| {result['device']} | {what} | {shown[0]} | {shown[1]} |")
+    files = ", ".join(f"[{r['file']}](../bench/results/{r['file']})" for r in results)
+    return "\n".join([*lines, "", f"From {files}."])
+
+
+def _variant(name: str) -> str:
+    what = name.removeprefix("fastalign").removeprefix(", ")
+    return f"{what}: " if what else ""
+
+
 def steps(results: list[dict[str, Any]]) -> list[str]:
     rows = [(r, row) for r in results for row in r.get("rows", ()) if "parameters" in row]
     if not rows:
@@ -136,7 +161,11 @@ def performance(folder: Path = RESULTS) -> str:
 
 def pages() -> dict[Path, str]:
     """Text of each page with its tables as the results have them."""
-    made = {ROOT / "README.md": performance(), ROOT / "docs" / "kernels.md": in_full()}
+    made = {
+        ROOT / "README.md": performance(),
+        ROOT / "docs" / "kernels.md": in_full(),
+        ROOT / "docs" / "bridge.md": bridge(),
+    }
     return {
         path: REGION.sub(lambda m, text=text: f"{m[1]}{text}\n{m[2]}", path.read_text("utf-8"))
         for path, text in made.items()
