@@ -1,4 +1,4 @@
-"""The native core (csrc/). Everything releases the GIL while it works or waits."""
+"""The native core (csrc/). What takes time releases the GIL while it works or waits."""
 
 from collections.abc import Iterator, Sequence
 from os import PathLike

@@ -4,6 +4,7 @@ computed once and attended to by all that continue them."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def packed_attention(
         segments = Segments.whole(query.shape[2], query.device)
     if sliding_window and segments.key_index is not None:
         raise NotImplementedError("a sliding window is not shared")
-    kernel = _varlen_kernel() if query.is_cuda and query.dtype != torch.float32 else None
+    kernel = _varlen_kernel() if _suits_kernel(query, value, dropout) else None
     if kernel is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return kernel(q, k, v, segments, scaling, dropout, sliding_window)[None], None
@@ -170,6 +171,23 @@ def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
 # --------------------------------------------------------------------------- on a GPU
 
 
+def _suits_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether a kernel for variable lengths takes these; torch's knows no dropout."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and width == value.shape[-1] <= 256
+        and width % 8 == 0
+        and (not dropout or _has_flash_attn())
+    )
+
+
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 @functools.cache
 def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
     """(query [T, H, d], key and value [T, Hkv, d], segments, scaling, dropout, window) ->
@@ -207,6 +225,8 @@ def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
 
 
 def _torch_varlen() -> Callable[..., torch.Tensor] | None:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return None
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -222,8 +242,7 @@ def _torch_varlen() -> Callable[..., torch.Tensor] | None:
         dropout: float,
         window: int | None,
     ) -> torch.Tensor:
-        if dropout:
-            raise NotImplementedError("torch's attention over variable lengths has no dropout")
+        assert not dropout, "see _suits_kernel"
         k, v = _gathered(k, segments), _gathered(v, segments)
         more: dict[str, Any] = {}
         if groups_heads:

@@ -164,7 +164,7 @@ def check_packing(policy: Policy, forward: Callable[..., torch.Tensor], batch: B
     except (NotImplementedError, ValueError, TypeError) as error:
         reason = f"{type(model).__name__} cannot run packed attention: {error}"
     else:
-        difference = ((packed - alone).norm() / alone.norm()).item()
+        difference = _difference(packed, alone)
         if difference <= _tolerance(model):
             return None
         reason = (
@@ -194,7 +194,7 @@ def check_sharing(
         found = forward(shared, probe="hidden").float()
     except NotImplementedError as error:
         return f"{type(model).__name__}: {error}"
-    difference = ((found - expected).norm() / expected.norm()).item()
+    difference = _difference(found, expected)
     if not difference <= _tolerance(model):
         return (
             f"{type(model).__name__} gives other results with a shared prefix "
@@ -224,6 +224,14 @@ def check_logprobs(policy: Policy, forward: Callable[..., Any], batch: Batch) ->
             f"{difference:.3g} on average), so it cannot be trained"
         )
     return difference
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative, the largest of all ranks: what follows from it has to be the same on each."""
+    worst = ((found - expected).norm() / expected.norm()).nan_to_num(nan=torch.inf)
+    if dist.is_initialized():
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.item()
 
 
 def _tolerance(model: PreTrainedModel) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -204,12 +205,16 @@ def sample(
     if journal is None:
         rollouts = generate()
     else:
-        # With prompts and seeds everything that decides what is sampled.
+        # With prompts and seeds what decides what is sampled.  Under LoRA the weights that were
+        # pushed are the adapter's; the base is known by what it answers to a fixed prompt.
+        base = run.frozen_logprobs.get(None)
         call = {
             "model": config.model_name_or_path,
             "revision": config.model_revision,
+            "base": None if base is None else hashlib.sha256(base.tobytes()).hexdigest(),
             "engine": engine.name,
             "weights": run.weights,
+            "lora_alpha": config.lora_alpha,
             "settings": asdict(settings),
         }
         rollouts = sample_once(journal, call, asked, seeds, generate, run.tracker.say)

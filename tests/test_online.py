@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,20 @@ def test_a_run_that_is_killed_uses_what_it_sampled(rule, sharp_llama, tmp_path):
     assert same(result(config), result(whole))
     for ours, theirs in zip(rounds(config), rounds(whole), strict=True):
         assert [(e.texts, e.judgments) for e in ours] == [(e.texts, e.judgments) for e in theirs]
+
+
+def test_what_another_base_sampled_is_not_used(rule, sharp_llama, other_llama, tmp_path, capfd):
+    """The path and the fresh adapter are the same; only the base is not."""
+    model = tmp_path / "model"
+    shutil.copytree(sharp_llama, model)
+    texts = []
+    for base in (sharp_llama, other_llama):
+        shutil.copy(base / "model.safetensors", model)
+        config = online(model, tmp_path / "run", rule)
+        train(config)
+        texts.append([e.texts for e in rounds(config)[0]])
+    assert "they are sampled anew" in capfd.readouterr().err
+    assert texts[0] != texts[1]
 
 
 def prefers_longer(question: str) -> tuple[int, str]:

@@ -8,6 +8,8 @@ import random
 import re
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -635,3 +637,16 @@ def test_a_call_that_was_cut_short_or_damaged_is_sampled_anew(tmp_path):
     sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
     assert re.search(r"is damaged: entry at byte \d+, .*; they are sampled anew$", said[-1])
     sample_once(path, {}, PROMPTS, SEEDS, sampled_again, said.append)
+
+
+def test_a_thread_that_waits_does_not_spoil_the_end_of_the_process():
+    program = """
+import threading, time
+from fastalign._bridge import EpisodeStore
+store = EpisodeStore()
+threading.Thread(target=lambda: store.take(1), daemon=True).start()
+time.sleep(0.2)
+"""
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

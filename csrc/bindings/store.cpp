@@ -130,10 +130,15 @@ Store::Limit limit_of(const std::optional<double>& timeout) {
   return std::chrono::duration<double>(*timeout);
 }
 
-// Lets Ctrl-C end a wait.
-void check_signals() {
-  py::gil_scoped_acquire acquire;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+// Lets Ctrl-C end a wait of the main thread, which alone is told of signals. The others leave the
+// GIL alone: one that still waits when the interpreter ends could not take it.
+Store::Poll check_signals() {
+  const py::module_ threading = py::module_::import("threading");
+  if (!threading.attr("current_thread")().is(threading.attr("main_thread")())) return [] {};
+  return [] {
+    py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
 }
 
 Finish finish_of(const std::string& reason) {
@@ -184,15 +189,17 @@ std::int64_t append(Store& store, std::int64_t prompt, std::int64_t settings,
   NewRollout rollout({prompt, settings, seed, weight_version, finish_of(finish_reason)}, length);
   copy_tokens(ids, rollout.token_ids(), length);
   copy_logprobs(probs, rollout.logprobs(), length);
+  const Store::Poll poll = check_signals();
   py::gil_scoped_release release;
-  return store.append(std::move(rollout), limit, check_signals);
+  return store.append(std::move(rollout), limit, poll);
 }
 
 std::vector<Rollout> take(Store& store, std::int64_t n, const std::optional<double>& timeout) {
   if (n < 1) throw InvalidInput("n must be at least 1, got " + std::to_string(n));
   const Store::Limit limit = limit_of(timeout);
+  const Store::Poll poll = check_signals();
   py::gil_scoped_release release;
-  return store.take(static_cast<std::size_t>(n), limit, check_signals);
+  return store.take(static_cast<std::size_t>(n), limit, poll);
 }
 
 std::string_view borrowed(const py::bytes& bytes) {
