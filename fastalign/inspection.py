@@ -28,7 +28,14 @@ from fastalign.methods import make_method
 from fastalign.methods.cut import Cut
 from fastalign.model import load_policy, load_tokenizer, resolve_adapter, resolve_dtype
 from fastalign.templates import Renderer
-from fastalign.train import check_forward, dropping, load_data, make_renderers, probe_words
+from fastalign.train import (
+    check_forward,
+    dropping,
+    load_data,
+    make_renderers,
+    probe_words,
+    share,
+)
 
 RECORDS, PAGE = "inspect.jsonl", "inspect.html"
 
@@ -121,7 +128,9 @@ def inspect(config: Config, *, count: int = 32, seed: int | None = None) -> Insp
     # leaves buffers as they are.
     for parameter in policy.parameters():
         parameter.data = parameter.data.to(dtype)
-    check_forward(config, policy, policy, probe_words(tokenizer), device)
+    unpacked, _ = check_forward(config, policy, policy, probe_words(tokenizer), device)
+    if unpacked is None:
+        share(policy, policy)
     scores = score(method, policy, [example for _, example in chosen], device)
     inspected = [
         _inspected(record, example, renderers[record.dataset], *values)
@@ -179,7 +188,9 @@ def score(
         Example(example.streams, example.weight, str(i)) for i, example in enumerate(examples)
     ]
     found: dict[int, Scores] = {}
-    for batch in plan_batches(numbered, method.config.micro_batch_tokens, 0, 1):
+    for batch in plan_batches(
+        numbered, method.config.micro_batch_tokens, 0, 1, share_prefixes=policy.shares
+    ):
         batch = batch.to(device)
         logprob, flagged = policy(batch, loss=values)
         log_q = _by_record(logprob, batch, "plain")

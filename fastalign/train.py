@@ -569,7 +569,8 @@ def _pack(
     return check_packing(policy, forward, probe_batch(vocabulary, (37, 52), device))
 
 
-def _share(policy: Policy, forward: Callable[..., Any]) -> str | None:
+def share(policy: Policy, forward: Callable[..., Any]) -> str | None:
+    """Let streams share their prefix where the model can; otherwise why they do not."""
     vocabulary = policy.causal_lm.config.get_text_config().vocab_size
     return check_sharing(policy, forward, probe_streams(vocabulary, 24, (13, 28, 1)))
 
@@ -590,9 +591,9 @@ def check_start(run: Run) -> None:
         _pack(run.config, model.reference_policy, model.reference_engine, model.device)
     unshared = None
     if unpacked is None:
-        unshared = _share(model.policy, model.engine)
+        unshared = share(model.policy, model.engine)
         if unshared is None and model.reference_engine is not None:
-            unshared = _share(model.reference_policy, model.reference_engine)
+            unshared = share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
     trainable = sum(
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad

@@ -429,7 +429,7 @@ def test_a_resumed_run_ends_bitwise_where_an_undisturbed_one_does(
         steps = [x["step"] for x in logged(config)]
         assert steps == sorted(steps)
     episodes = [
-        {p.name: p.read_text() for p in Path(c.output_dir, "episodes").glob("*")}
+        {p.name: p.read_text() for p in Path(c.output_dir, "episodes").glob("*.jsonl")}
         for c in folders.values()
     ]
     assert [versionless(e) for e in episodes[:1]] == [versionless(e) for e in episodes[1:]]
