@@ -35,6 +35,7 @@ struct RolloutInfo {
   std::int64_t seed;
   std::int64_t weight_version;
   Finish finish;
+  std::uint32_t unused = 0;  // named, so that what is written has no bytes by chance
 };
 
 // A rollout to be appended: two arrays of `length` for the caller to fill.

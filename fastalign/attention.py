@@ -123,6 +123,8 @@ def packed_attention(
     """
     if unsupported.get("softcap") is not None or unsupported.get("s_aux") is not None:
         raise NotImplementedError("attention with a soft cap or sinks is not packed")
+    if sliding_window is None and _masks_a_window(module):
+        raise NotImplementedError("its attention has a window that its mask alone knows of")
     if segments is None:
         segments = Segments.whole(query.shape[2], query.device)
     if sliding_window and segments.key_index is not None:
@@ -155,6 +157,19 @@ def packed_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _masks_a_window(module: nn.Module) -> bool:
+    """Whether the layer sees a part of the sequence by its configuration.  A model that says so to
+    no attention but by the mask, which packs have none of, would be trained on other values, and
+    no sequence that is quick to try is longer than its window."""
+    config = getattr(module, "config", None)
+    if not (
+        getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    ):
+        return False
+    types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return types is None or layer is None or types[layer] != "full_attention"
 
 
 def _continues(length: int, before: int, device: torch.device) -> torch.Tensor:

@@ -261,8 +261,10 @@ def test_a_model_that_answers_otherwise_behind_a_shared_prompt_is_found_out(monk
         tiny_qwen3_5,
         lambda: tiny("Gemma2", head_dim=8, attn_logit_softcapping=20.0),
         lambda: tiny("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        # The window is longer than what is tried, and in the mask alone.
+        lambda: tiny("Phimoe", sliding_window=60, num_local_experts=4, num_experts_per_tok=2),
     ],
-    ids=["linear attention", "capped attention", "attention sinks"],
+    ids=["linear attention", "capped attention", "attention sinks", "masked window"],
 )
 def test_models_that_cannot_be_packed_are_found_out(make: Callable[[], PreTrainedModel]):
     model = make()
