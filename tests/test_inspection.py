@@ -464,7 +464,7 @@ def test_log_probs_that_are_not_finite_are_refused(tiny_llama, tmp_path, monkeyp
         return policy
 
     monkeypatch.setattr(inspection, "load_policy", broken)
-    monkeypatch.setattr(inspection, "check_forward", lambda *_: (None, 0.0))
+    monkeypatch.setattr(inspection, "check_forward", lambda *_: ("not checked", 0.0))
     path = save(contrasting(tiny_llama, tmp_path), tmp_path)
     assert main(["inspect", path]) == 1
     assert "log-probs are not finite on record" in capsys.readouterr().err
