@@ -417,6 +417,9 @@ class Config(ModelConfig):
                 "online.fresh_adapter is true: a reference that moves on needs a policy that does; "
                 "leave one of them out"
             )
+        for text in self.stop:
+            if "\ufffd" in text:
+                raise ValueError(f"stop holds {text!r}: U+FFFD stands for bytes that are no text")
         for key, who in (("judge", self.judge), ("eval_judge", self.eval_judge)):
             if who is not None:
                 _check_judge(key, who)

@@ -925,10 +925,14 @@ def _messages(row: _Row, name: str, value: Any) -> tuple[Message, ...]:
         raise row.error(name, value, "want text or a list of messages", "wrong type")
     if not value:
         raise row.error(name, value, "must not be empty", "empty")
-    return tuple(_message(row, f"{name}[{i}]", message) for i, message in enumerate(value))
+    last = len(value) - 1
+    return tuple(
+        _message(row, f"{name}[{i}]", message, empty_answer=row.empty_answers and i == last)
+        for i, message in enumerate(value)
+    )
 
 
-def _message(row: _Row, name: str, value: Any) -> Message:
+def _message(row: _Row, name: str, value: Any, *, empty_answer: bool) -> Message:
     if not isinstance(value, dict):
         raise row.error(name, value, 'want {"role": ..., "content": ...}', "wrong type")
     message = {key: item for key, item in value.items() if item is not None}
@@ -951,6 +955,7 @@ def _message(row: _Row, name: str, value: Any) -> Message:
         content = ""
     # A tool may answer nothing and a system message may be blank on purpose.
     may_be_empty = role in ("system", "developer", "tool") or bool(calls)
+    may_be_empty |= empty_answer and role == "assistant"
     message["content"] = _text(row, f"{name}.content", content, empty=may_be_empty)
     return message
 

@@ -99,8 +99,8 @@ def open_model(
                 engine.load_adapter(POLICY, tensors, held.to_dict(), 0)
             except EngineError as error:
                 raise ConfigError(
-                    f"adapter_name_or_path = {path!r}: does not fit {config.model_name_or_path}: "
-                    f"{error}"
+                    f"adapter_name_or_path = {path!r}: cannot be used with "
+                    f"{config.model_name_or_path}: {error}"
                 ) from None
         yield LocalModel(config, tokenizer, engine, POLICY if held else None, context)
     finally:

@@ -111,6 +111,20 @@ def adapter_config(path: str) -> LoraConfig:
     return held
 
 
+def dropouts(model: nn.Module) -> dict[str, float]:
+    """The rates above 0 at which a model drops values while it is trained, by their names."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        rates = {"attention_dropout": getattr(module, "attention_dropout", 0.0)}
+        if isinstance(module, nn.Dropout):
+            # An adapter's is ...lora_dropout.NAME.
+            rates[next((part for part in path.split(".")[::-1] if "drop" in part), path)] = module.p
+        for name, rate in rates.items():
+            if isinstance(rate, float) and rate > 0:
+                found[name] = max(rate, found.get(name, 0.0))
+    return found
+
+
 def context_length(config: ModelConfig) -> int:
     """Most tokens that the model was made for."""
     model = AutoConfig.from_pretrained(

@@ -59,6 +59,7 @@ from fastalign.model import (
     TrainedModel,
     build_model,
     context_length,
+    dropouts,
     init_distributed,
     load_tokenizer,
     resolve_adapter,
@@ -604,7 +605,10 @@ def check_start(run: Run) -> None:
     )
     say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
     if model.shares_prefixes:
-        say("what the streams of an example begin with is computed once" + _drop_outs(run.config))
+        say(
+            "what the streams of an example begin with is computed once"
+            + _same_dropout(model.policy)
+        )
     elif unshared is not None:
         say(f"each stream is computed from its start: {unshared}")
     say(
@@ -619,10 +623,13 @@ def check_start(run: Run) -> None:
         _check_sync(run, words)
 
 
-def _drop_outs(config: Config) -> str:
-    if not config.lora_dropout:
+def _same_dropout(policy: torch.nn.Module) -> str:
+    """What sharing changes where something is dropped, by the names of the rates."""
+    found = dropouts(policy)
+    if not found:
         return ""
-    return f": lora_dropout = {config.lora_dropout} drops the same of it for all of them"
+    rates = ", ".join(f"{name} = {rate}" for name, rate in sorted(found.items()))
+    return f": {rates} drops the same of it for all of them"
 
 
 def _check_sync(run: Run, words: np.ndarray) -> None:

@@ -294,6 +294,7 @@ def test_there_are_recipes_for_every_method():
         ({"top_k": -1}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"stop": ["a", ""]}, "stop.1"),
+        ({"stop": ["\ufffd"]}, "stop holds '\ufffd': U+FFFD"),
         ({"cut": {"min_judged_prob": 1.0}}, "cut.min_judged_prob"),
         ({"metric_for_best_model": "loss"}, "metric_for_best_model is 'loss': it needs eval_steps"),
         (

@@ -318,6 +318,9 @@ def test_stored_answers_meet_by_prompt(desk, tmp_path, capsys):
     assert found["figures"]["pairs"] == 1 and found["figures"]["win_rate"] == 0
 
 
+ANSWER = {"role": "assistant", "content": ""}
+
+
 def test_stored_answers_that_are_empty_are_judged(desk, tmp_path, capsys):
     two = [
         {"prompt": "x", "completion": ""},
@@ -340,6 +343,12 @@ def test_stored_answers_that_are_empty_are_judged(desk, tmp_path, capsys):
     found = report(capsys, *asked, "--against", nothing)
     assert found["figures"]["wins"] == 1 and found["figures"]["pairs"] == 4
     assert found["left_out"] == {}
+    # Said in messages it is as little.
+    silent = [
+        row | {"completion": [{"role": "user", "content": row["prompt"]}, ANSWER]} for row in one
+    ]
+    found = report(capsys, *asked, "--against", desk.data("silent.jsonl", silent))
+    assert found["figures"]["wins"] == 1 and found["left_out"] == {}
 
 
 def test_both_questions_may_share_a_folder(desk, tmp_path):

@@ -74,7 +74,9 @@ def test_an_adapter_of_another_model_is_named(
     AutoTokenizer.from_pretrained(sharp_llama).save_pretrained(tmp_path)
     wrong = ModelConfig(model_name_or_path=str(tmp_path), adapter_name_or_path=str(adapter))
     with (
-        pytest.raises(ConfigError, match=rf"= '{adapter}': does not fit {tmp_path}: .* has shape"),
+        pytest.raises(
+            ConfigError, match=rf"= '{adapter}': cannot be used with {tmp_path}: .* has shape"
+        ),
         open_model(wrong, HF),
     ):
         pass

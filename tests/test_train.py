@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -1426,3 +1427,13 @@ def test_the_canary_is_louder_where_rounding_is(sharp_llama, tmp_path, lora):
             asked = (below + moved[strength]) / 2
             assert loop._visible_strength(run.model, words, tokens, asked) == strength
     assert loop._visible_strength(run.model, words, tokens, 1e9) == loop.CANARY_STRENGTHS - 1
+
+
+def test_dropout_that_a_shared_prefix_makes_the_same_is_named(sharp_llama, tmp_path, capfd):
+    folder = tmp_path / "dropping"
+    shutil.copytree(sharp_llama, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.1}))
+    train(recipe("dpo", folder, tmp_path, max_steps=1, lora_dropout=0.2, **LORA))
+    said = capfd.readouterr().err
+    assert "computed once: attention_dropout = 0.1, lora_dropout = 0.2 drops the same of it" in said
