@@ -41,9 +41,13 @@ LogitsView view_logits(const py::object& logits, py::buffer_info* info) {
           0 &&
       row % info->itemsize == 0;
   // The strides of an array without elements or of one row or column mean nothing.
-  if (info->size > 0 && ((info->shape[1] > 1 && column != info->itemsize) || !aligned)) {
-    throw py::value_error("logits must have contiguous and aligned rows, got strides of " +
-                          std::to_string(row) + " and " + std::to_string(column) + " bytes");
+  if (info->size > 0 && info->shape[1] > 1 && column != info->itemsize) {
+    throw py::value_error("logits must have contiguous rows, got a stride of " +
+                          std::to_string(column) + " bytes between columns");
+  }
+  if (info->size > 0 && !aligned) {
+    throw py::value_error("logits must be aligned to " + std::to_string(info->itemsize) +
+                          " bytes, and so must each of its rows");
   }
   return {info->ptr, wide ? LogitsType::kFloat32 : LogitsType::kBfloat16,
           static_cast<std::size_t>(info->shape[0]), static_cast<std::size_t>(info->shape[1]),
