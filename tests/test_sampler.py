@@ -315,7 +315,12 @@ U64 = np.zeros(2, np.uint64)
         (
             np.zeros(34, np.uint8)[1:33].view(np.float32).reshape(2, 4),
             {},
-            "logits must be aligned to 4 bytes, and so must each of its rows",
+            "logits must be aligned to its items of 4 bytes",
+        ),
+        (
+            np.lib.stride_tricks.as_strided(np.zeros(9, np.float32), (2, 4), (18, 4)),
+            {},
+            "logits must be aligned to its items of 4 bytes",
         ),
         (GOOD[:, :0], {}, "logits has 0 columns; a row has from 1 to 2147483647 tokens"),
         (GOOD[:1], {}, "seeds has 2 entries but logits has 1 rows"),

@@ -29,6 +29,23 @@ bool holds(const py::buffer_info& info) {
   return info.item_type_is_equivalent_to<T>();
 }
 
+// To be asked before the type: numpy gives what is not aligned another format, and the same name.
+inline void check_aligned(const py::buffer_info& info, const std::string& name) {
+  const auto off = [&info](auto bytes) {
+    return info.itemsize > 0 &&
+           static_cast<std::uintptr_t>(bytes) % static_cast<std::uintptr_t>(info.itemsize) != 0;
+  };
+  bool wrong = off(reinterpret_cast<std::uintptr_t>(info.ptr));
+  // The stride between fewer than two means nothing.
+  for (std::size_t d = 0; d < info.strides.size() && info.size > 0; ++d) {
+    wrong |= info.shape[d] > 1 && off(info.strides[d]);
+  }
+  if (wrong) {
+    throw py::value_error(name + " must be aligned to its items of " +
+                          std::to_string(info.itemsize) + " bytes");
+  }
+}
+
 // A borrowed one-dimensional contiguous buffer of one of the types Ts. It keeps the exporter's
 // memory alive, so the data may be read after the GIL is released.
 template <typename... Ts>
@@ -37,13 +54,7 @@ py::buffer_info borrow(py::handle object, const std::string& name, const char* w
     throw py::type_error(name + " must be an array of " + wanted + ", got a " + type_name(object));
   }
   py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request();
-  // Before the type: numpy gives what is not aligned another format, and the same name.
-  if (info.itemsize > 0 &&
-      reinterpret_cast<std::uintptr_t>(info.ptr) % static_cast<std::uintptr_t>(info.itemsize) !=
-          0) {
-    throw py::value_error(name + " must be aligned to its items of " +
-                          std::to_string(info.itemsize) + " bytes");
-  }
+  check_aligned(info, name);
   if (!(holds<Ts>(info) || ...)) {
     throw py::value_error(name + " must be an array of " + wanted + ", got " + dtype_name(info));
   }

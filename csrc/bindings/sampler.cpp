@@ -27,6 +27,7 @@ LogitsView view_logits(const py::object& logits, py::buffer_info* info) {
                          type_name(logits));
   }
   *info = py::reinterpret_borrow<py::buffer>(logits).request();
+  check_aligned(*info, "logits");
   const bool wide = holds<float>(*info);
   if (!wide && !holds<std::uint16_t>(*info)) {
     throw py::value_error(std::string("logits must be an array of ") + kWantedLogits + ", got " +
@@ -36,18 +37,10 @@ LogitsView view_logits(const py::object& logits, py::buffer_info* info) {
     throw py::value_error("logits must have 2 dimensions, got " + std::to_string(info->ndim));
   }
   const py::ssize_t row = info->strides[0], column = info->strides[1];
-  const bool aligned =
-      reinterpret_cast<std::uintptr_t>(info->ptr) % static_cast<std::uintptr_t>(info->itemsize) ==
-          0 &&
-      row % info->itemsize == 0;
   // The strides of an array without elements or of one row or column mean nothing.
   if (info->size > 0 && info->shape[1] > 1 && column != info->itemsize) {
     throw py::value_error("logits must have contiguous rows, got a stride of " +
                           std::to_string(column) + " bytes between columns");
-  }
-  if (info->size > 0 && !aligned) {
-    throw py::value_error("logits must be aligned to " + std::to_string(info->itemsize) +
-                          " bytes, and so must each of its rows");
   }
   return {info->ptr, wide ? LogitsType::kFloat32 : LogitsType::kBfloat16,
           static_cast<std::size_t>(info->shape[0]), static_cast<std::size_t>(info->shape[1]),
