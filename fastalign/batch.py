@@ -61,7 +61,9 @@ class Batch:
         records: int64 [S]; which of the pack's R examples each stream belongs to.
         weights: float32 [R]; weight of each example.
         sources: where each example came from, for messages.
-        memory: uint8; what all these tensors are views of.
+        reference: float32 [M]; the reference's log-probs of the targets, where all examples bring
+            them.
+        memory: uint8; what all these tensors but ``reference`` are views of.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +84,7 @@ class Batch:
     weights: torch.Tensor
     sources: tuple[str, ...]
     memory: torch.Tensor
+    reference: torch.Tensor | None
 
     @property
     def num_tokens(self) -> int:
@@ -101,8 +104,10 @@ class Batch:
         moved: dict[str, Any] = {
             name: _same_view(value, self.memory, memory)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor) and name != "reference"
         }
+        if self.reference is not None:
+            moved["reference"] = self.reference.to(device, non_blocking=True)
         return replace(self, **moved | {"memory": memory})
 
     def sequences(self, role: str) -> list[int]:
@@ -187,8 +192,14 @@ class Packer:
             roles=tuple(stream.role for example in examples for stream in example.streams),
             sources=tuple(example.source for example in examples),
             memory=memory,
+            reference=_reference(examples),
             **views,
         )
+
+
+def _reference(examples: Sequence[Example]) -> torch.Tensor | None:
+    found = [e.reference_logprobs for e in examples if e.reference_logprobs is not None]
+    return torch.from_numpy(np.concatenate(found)) if len(found) == len(examples) else None
 
 
 def _allocate(size: int) -> torch.Tensor:

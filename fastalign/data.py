@@ -168,11 +168,16 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Streams that one loss joins: they stay together in one pack."""
+    """Streams that one loss joins: they stay together in one pack.
+
+    reference_logprobs: float32 [M], the frozen reference's of the targets of all streams in their
+    order; None where they are not known beforehand.
+    """
 
     streams: tuple[Stream, ...]
     weight: float
     source: str
+    reference_logprobs: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:

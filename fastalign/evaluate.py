@@ -17,6 +17,7 @@ from fastalign.endpoint import Endpoint
 from fastalign.episodes import Episode, Verdict
 from fastalign.methods.base import Metrics, total
 from fastalign.online import awake_judge, check_decision_mass, sample, wake
+from fastalign.reference import reference_logprobs
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import Renderer
 
@@ -66,13 +67,11 @@ class Evaluator:
                 run.config.micro_batch_tokens,
                 run.rank,
                 run.world_size,
+                run.operations.cost(reference=False),
                 share_prefixes=run.model.shares_prefixes,
             ):
                 pack = pack.to(run.model.device)
-                reference = None
-                if run.method.needs_reference:
-                    with run.model.reference() as forward:
-                        reference, _ = forward(pack)
+                reference = reference_logprobs(run, pack)
                 # Progress 1: the whole loss, also while a warm-up leaves parts of it out.
                 loss, parts = run.model.engine(
                     pack, loss=run.method.loss, reference=reference, progress=1.0

@@ -278,6 +278,14 @@ class TrainedModel:
         if bucket:
             yield from self._gathered(bucket, dtype)
 
+    def iter_start(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors of what the reference computes with, before anything is trained: all but
+        the adapter that will be; collective under ZeRO-3."""
+        named = dict(self.policy.named_parameters())
+        if self.uses_adapter:
+            named = {name: p for name, p in named.items() if f".{POLICY}." not in name}
+        return self._iter(named, None)
+
     def adapter_tensors(self, adapter: str = POLICY) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's names, full on every rank (collective)."""
         with self._gather([p for n, p in self.policy.named_parameters() if f".{adapter}." in n]):

@@ -66,6 +66,7 @@ from fastalign.model import (
     resolve_dtype,
 )
 from fastalign.online import collect, draw, measure_judge, push_weights, wake
+from fastalign.reference import reference_logprobs, score_reference
 from fastalign.rollout import (
     EngineError,
     RolloutEngine,
@@ -164,6 +165,9 @@ def train(config: Config) -> dict[str, float]:
             judge_pairs,
         )
         check_start(run)
+        if config.online is None and method.needs_reference:
+            rounds = _score_reference(run, rounds)
+            evaluation = score_reference(run, evaluation)
         pending = checkpoint.Pending()
         # What later evaluations are compared with.
         position = checkpoint.Position(evaluation_due=config.eval_steps is not None)
@@ -419,6 +423,18 @@ def plan_rounds(
     return Rounds(count, per_round, total, [], order, lines)
 
 
+def _score_reference(run: Run, rounds: Rounds) -> Rounds:
+    """With the reference's log-probs of all examples that so many steps train on."""
+    examples = list(rounds.examples)
+    # An epoch shows each of them.
+    seen = rounds.total_steps * run.config.global_batch_size
+    indices = sorted(_order(run.config, len(examples), 0)[:seen].tolist())
+    scored = score_reference(run, [examples[i] for i in indices])
+    for index, example in zip(indices, scored, strict=True):
+        examples[index] = example
+    return replace(rounds, examples=examples)
+
+
 def _order(config: Config, n: int, round_index: int) -> np.ndarray:
     """A permutation that depends on seed and round alone, so a resumed run sees the same."""
     if not config.shuffle:
@@ -434,7 +450,8 @@ def _needs_reference(config: Config, method: Method) -> bool:
     # Online evaluation reports how far the policy has moved from the reference.
     measured = config.online is not None and config.eval_steps is not None
     return (
-        method.needs_reference
+        # Data that does not change is compared with the start before there is anything else.
+        (config.online is not None and method.needs_reference)
         or measured
         or any(
             judge is not None and judge.type == "self" and judge.model == "reference"
@@ -886,7 +903,7 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
     for group in model.optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     denominator = run.method.denominator(examples)
-    cost = run.operations.cost(run.method.needs_reference)
+    cost = run.operations.cost(_asks_reference(run, examples))
     packs = plan_batches(
         examples,
         config.micro_batch_tokens,
@@ -901,10 +918,8 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
     timeline.lap("pack")
     for pack in packs:
         pack = pack.to(model.device)
-        reference = None
-        if run.method.needs_reference:
-            with model.reference() as forward:
-                reference, _ = forward(pack)
+        reference = reference_logprobs(run, pack)
+        if reference is not None:
             timeline.lap("reference")
         loss, parts = model.engine(
             pack, loss=run.method.loss, reference=reference, progress=scheduled / total
@@ -945,11 +960,16 @@ def speed(
     figures["speed/peak_memory_gib"] = peak_memory(run.model.device)
     peak = peak_operations(run.model.device, run.model.dtype)
     if run.operations.known:
-        rate = run.operations.of(packs, run.method.needs_reference) / seconds
+        rate = run.operations.of(packs, _asks_reference(run, examples)) / seconds
         figures["speed/tflops"] = rate / 1e12
         if peak is not None:
             figures["speed/mfu"] = rate / peak
     return figures
+
+
+def _asks_reference(run: Run, examples: Sequence[Example]) -> bool:
+    """Whether a step has a forward pass of the reference of its own."""
+    return run.method.needs_reference and examples[0].reference_logprobs is None
 
 
 def _sources(examples: Sequence[Example]) -> str:
