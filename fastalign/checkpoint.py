@@ -191,7 +191,7 @@ def _load_state(model: TrainedModel, folder: Path) -> None:
 _FREE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
     "eval_steps", "report_to", "early_stopping_patience", "eval_judge", "declared_licenses",
-    "nproc_per_node", "judge_datasets",
+    "nproc_per_node", "judge_datasets", "profile",
 }  # fmt: skip
 # Of a judge's endpoint: how it is asked and paid, not what it says.
 _FREE_ENDPOINT = {

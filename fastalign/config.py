@@ -110,6 +110,15 @@ class CutConfig(_Strict):
     )
 
 
+class ProfileConfig(_Strict):
+    """torch's profiler over a few steps: a trace and a table in output_dir/profile."""
+
+    steps: PositiveInt = Field(3, description="Steps that are profiled.")
+    skip: Annotated[int, Field(ge=0)] = Field(
+        1, description="Steps before them, in which kernels compile and memory is allocated."
+    )
+
+
 class OnlineConfig(_Strict):
     """Rollouts from the current model, judged where the method asks for that, then trained on;
     absent: offline."""
@@ -394,6 +403,7 @@ class Config(ModelConfig):
     )
     early_stopping_patience: PositiveInt | None = None
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    profile: ProfileConfig | None = None
     declared_licenses: dict[str, str] = Field(
         default_factory=dict, description="Licences of model and data, written to run.json."
     )

@@ -66,6 +66,7 @@ from fastalign.model import (
     resolve_dtype,
 )
 from fastalign.online import collect, draw, measure_judge, push_weights, wake
+from fastalign.profiling import Profiler
 from fastalign.reference import reference_logprobs, score_reference
 from fastalign.rollout import (
     EngineError,
@@ -181,7 +182,8 @@ def train(config: Config) -> dict[str, float]:
         if rank == 0:
             Path(config.output_dir, "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
         evaluate = Evaluator(run, evaluation, held_out, eval_renderers)
-        metrics = run_rounds(run, rounds, position, pending, evaluate)
+        with Profiler(config, rank, tracker.say) as profiler:
+            metrics = run_rounds(run, rounds, position, pending, evaluate, profiler)
         checkpoint.save_result(model, tokenizer, Path(config.output_dir))
         if rank == 0:
             model_card.write(
@@ -722,6 +724,7 @@ def run_rounds(
     position: checkpoint.Position,
     pending: checkpoint.Pending,
     evaluate: Evaluator,
+    profiler: Profiler,
 ) -> dict[str, float]:
     """Everything between start and result."""
     config, tracker = run.config, run.tracker
@@ -748,6 +751,7 @@ def run_rounds(
                 break
             scheduled, total = _schedule(config, rounds, position, batch_index, len(examples))
             done = update(run, batch, scheduled, total)
+            profiler.step()
             metrics |= done
             position = replace(position, step=position.step + 1, batch=batch_index + 1)
             if position.step % config.logging_steps == 0:
