@@ -618,9 +618,11 @@ def check_start(run: Run) -> None:
     trainable = sum(
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
     )
+    threads = f" of {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
     say(
         f"model {run.config.model_name_or_path}: {str(model.dtype).removeprefix('torch.')}, "
-        f"ZeRO {model.zero_stage}, {run.world_size} process(es), {trainable:,} trainable parameters"
+        f"ZeRO {model.zero_stage}, {run.world_size} process(es){threads}, "
+        f"{trainable:,} trainable parameters"
     )
     say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
     if model.shares_prefixes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +359,7 @@ def test_two_ranks_make_the_same_mistake_once(desk):
 
 
 def test_two_ranks_by_the_command_end_where_one_does(desk):
+    """On one node, and on two of which each starts its own."""
     keys = {
         "use_peft": True,
         "learning_rate": 1e-2,
@@ -376,9 +379,22 @@ def test_two_ranks_by_the_command_end_where_one_does(desk):
         weights.append(load_file(folder / "adapter_model.safetensors"))
         facts = json.loads((folder / "run.json").read_text())
         assert facts["hardware"]["processes"] == processes
+    recipe = desk.recipe("nodes", nproc_per_node=1, **keys)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command = [sys.executable, "-m", "fastalign", "train", recipe, *where, "--node_rank"]
+    with ThreadPoolExecutor(2) as pool:
+        nodes = list(pool.map(lambda node: shell(*command, node), "01"))
+    assert [node.returncode for node in nodes] == [0, 0], nodes
+    # One of them speaks for both.
+    assert [node.stderr.count("step 3/3") for node in nodes] == [1, 0]
+    assert "ZeRO 3, 2 process(es)" in nodes[0].stderr
+    weights.append(load_file(desk.folder / "out-nodes" / "adapter_model.safetensors"))
     moved = {n: t for n, t in weights[0].items() if "lora_B" in n}
     assert all(t.abs().max() > 1e-4 for t in moved.values())
-    assert distance({n: weights[1][n] for n in moved}, moved) < 1e-5
+    for found in weights[1:]:
+        assert distance({n: found[n] for n in moved}, moved) < 1e-5
 
 
 def test_a_mistyped_option_is_named(tmp_path, capsys, monkeypatch):
