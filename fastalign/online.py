@@ -106,7 +106,7 @@ def push_weights(run: Run) -> None:
             frozenset(run.model.named_weights()),
             run.version,
         )
-    run.weights = report.digest
+    run.synced = report
     run.tracker.phase(f"sync {report.seconds:.1f} s")
 
 
@@ -125,6 +125,10 @@ def draw(
     with _timed(timings, "time/sync"):
         run.tracker.phase("sync")
         wake(run)
+    if run.synced is not None:
+        # Without waking, and without the reference, which travels when it is new.
+        timings["sync/seconds"] = run.synced.seconds
+        timings["sync/mib"] = run.synced.bytes / 2**20
     with _timed(timings, "time/rollout"):
         run.tracker.phase("rollout")
         n = run.config.online.num_generations
@@ -213,7 +217,7 @@ def sample(
             "revision": config.model_revision,
             "base": None if base is None else hashlib.sha256(base.tobytes()).hexdigest(),
             "engine": engine.name,
-            "weights": run.weights,
+            "weights": run.synced.digest if run.synced is not None else None,
             "lora_alpha": config.lora_alpha,
             "settings": asdict(settings),
         }

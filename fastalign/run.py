@@ -18,6 +18,7 @@ from fastalign.judge import JudgeModel
 from fastalign.methods import Method, Metrics
 from fastalign.model import TrainedModel
 from fastalign.rollout import RolloutEngine
+from fastalign.rollout.engine import SyncReport
 from fastalign.templates import Renderer
 from fastalign.timeline import Operations
 from fastalign.tracking import Tracker
@@ -30,7 +31,7 @@ class Run:
     ``asked``: the server or the model beside the policy that judges, by the recipe's section;
     ``judge_pairs``: what that judge is measured on, and ``judge_measured`` its version when it was;
     ``reference_pushed``: which version of the reference adapter the engine holds;
-    ``weights``: the digest of the policy's weights, or of its adapter, that it was given last.
+    ``synced``: of the policy's weights, or of its adapter, that it was given last.
     """
 
     config: Config
@@ -45,7 +46,7 @@ class Run:
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
     judge_pairs: Sequence[Record] = ()
     version: int = 0
-    weights: str = ""
+    synced: SyncReport | None = None
     frozen_logprobs: dict[str | None, np.ndarray] = field(default_factory=dict)
     reference_pushed: int | None = None
     judge_measured: int | None = None

@@ -1018,6 +1018,10 @@ def test_rounds_sample_from_the_current_model(sharp_llama, tmp_path, rule, monke
         assert line["rollout/mean_length"] == pytest.approx(np.mean(lengths))
         # The sampler's log-probs are the trainer's, for it has the trainer's weights.
         assert line["rollout/logprob_gap_mean"] < 1e-4
+        name = "adapter_model" if lora else "model"
+        held = load_file(Path(config.output_dir, f"{name}.safetensors"))
+        assert line["sync/mib"] == sum(t.nbytes for t in held.values()) / 2**20
+        assert 0 < line["sync/seconds"] <= line["time/sync"]
 
 
 @pytest.mark.parametrize("method", ["ilf-mle", "ilf-dpo"])
