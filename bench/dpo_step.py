@@ -15,12 +15,8 @@ frozen weights, and the same 3 x 2 V D M in the head; prompts computed once make
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
-import os
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,12 +25,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from racing import DEVICE, machine
+import steps
+from racing import DEVICE, synchronise
+from steps import WARMUP_STEPS, Row
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "dpo-step.json"
-PAIRS, LONGEST, WARMUP_STEPS, RANK = 4, 512, 2, 8
+PAIRS, LONGEST, RANK = 4, 512, 8
 
 
 def write_pairs(source: str, path: Path, model: str, count: int) -> list[int]:
@@ -72,17 +67,13 @@ def write_pairs(source: str, path: Path, model: str, count: int) -> list[int]:
 # ----------------------------------------------------------------------------------------- sides
 
 
-def fastalign_steps(task: dict[str, Any]) -> dict[str, Any]:
-    from fastalign.config import parse_config
-    from fastalign.train import train
-
-    out = Path(task["folder"], f"fastalign-{task['dtype']}")
+def fastalign_steps(task: dict[str, Any]) -> Row:
     tree = {
         "method": "dpo",
         "model_name_or_path": task["model"],
-        "datasets": [{"path": task["pairs"]}],
+        "datasets": [{"path": task["data"]}],
         "shuffle": False,
-        "output_dir": str(out),
+        "output_dir": task["output_dir"],
         "use_peft": True,
         "lora_r": RANK,
         "dtype": task["dtype"],
@@ -94,17 +85,15 @@ def fastalign_steps(task: dict[str, Any]) -> dict[str, Any]:
         "report_to": [],
         "gradient_checkpointing": False,
     }
-    train(parse_config(tree))
-    rows = map(json.loads, Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    trained = [row for row in rows if "time/step" in row]
+    found = steps.train_steps(tree)
     return {
-        "seconds": [row["time/step"] for row in trained],
-        "losses": [row["loss"] for row in trained],
+        "seconds": found["seconds"],
+        "losses": [row["loss"] for row in found["logged"]],
         "version": importlib.metadata.version("fastalign"),
     }
 
 
-def trl_steps(task: dict[str, Any]) -> dict[str, Any]:
+def trl_steps(task: dict[str, Any]) -> Row:
     import datasets
     import peft
     import transformers
@@ -118,16 +107,15 @@ def trl_steps(task: dict[str, Any]) -> dict[str, Any]:
             self.times.append(time.perf_counter())
 
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise()
             self.times.append(time.perf_counter())
 
-    rows = Path(task["pairs"]).read_text(encoding="utf-8").splitlines()
+    rows = Path(task["data"]).read_text(encoding="utf-8").splitlines()
     stamps = Stamps()
     trainer = DPOTrainer(
         model=task["model"],
         args=DPOConfig(
-            output_dir=str(Path(task["folder"], f"trl-{task['dtype']}")),
+            output_dir=task["output_dir"],
             model_init_kwargs={"dtype": task["dtype"]},
             bf16=False,
             use_cpu=DEVICE.type == "cpu",
@@ -164,32 +152,22 @@ SIDES = {"fastalign": fastalign_steps, "trl": trl_steps}
 # ----------------------------------------------------------------------------------- measurement
 
 
-def measure(side: str, task: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
-    """One side in a process of its own."""
-    answer = Path(task["folder"], f"{side}-{task['dtype']}.json")
-    command = [sys.executable, __file__, "--side", side, json.dumps(task), str(answer)]
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{side}: exit code {process.returncode}")
-    found = json.loads(answer.read_text(encoding="utf-8"))
-    steps = [sum(tokens[i : i + PAIRS]) for i in range(0, len(tokens), PAIRS)]
+def measure(side: str, task: dict[str, Any], tokens: list[int]) -> Row:
+    found = steps.alone(__file__, side, task)
+    entering = [sum(tokens[i : i + PAIRS]) for i in range(0, len(tokens), PAIRS)]
     seconds = found["seconds"]
-    assert len(seconds) == len(steps) == task["steps"], f"{side}: {len(seconds)} steps"
-    peak = found.pop("peak_bytes") or usage.ru_maxrss * 1024
+    assert len(seconds) == len(entering), f"{side}: {len(seconds)} steps"
     return {
         "side": side,
         "dtype": task["dtype"],
         **found,
-        "tokens": steps,
-        "tokens_per_second": sum(steps[WARMUP_STEPS:]) / sum(seconds[WARMUP_STEPS:]),
+        "tokens": entering,
+        "tokens_per_second": sum(entering[WARMUP_STEPS:]) / sum(seconds[WARMUP_STEPS:]),
         "median_step_s": median(seconds[WARMUP_STEPS:]),
-        "peak_gib": peak / 2**30,
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     lines = ["| trainer | dtype | tokens/s | median step, s | peak GiB |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['side']} {row['version']} | {row['dtype']} | {row['tokens_per_second']:.0f} | "
@@ -213,55 +191,33 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = steps.parser(__doc__ or "", "dpo-step.json")
     parser.add_argument("pairs", help="preference pairs, as hh-rlhf's harmless-base")
-    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
-
-    from fastalign.demo.model import ensure_smollm
-
-    model = arguments.model or str(ensure_smollm())
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "bench/dpo_step.py", *sys.argv[1:]]),
-        **machine(),
+    if arguments.steps < steps.LEAST_STEPS:
+        parser.error(f"--steps {arguments.steps}: the first {WARMUP_STEPS} are not counted")
+    model = steps.model_folder(arguments.model)
+    settings = {
         "pairs": PAIRS,
         "longest": LONGEST,
-        "rows": [],
+        "steps": arguments.steps,
+        "micro_batch_tokens": arguments.micro_batch_tokens,
     }
+    report = steps.Report("dpo_step", arguments.output, settings, arguments.again)
     with tempfile.TemporaryDirectory(prefix="fastalign-") as folder:
         path = Path(folder, "pairs.jsonl")
         tokens = write_pairs(arguments.pairs, path, model, arguments.steps * PAIRS)
         for dtype in arguments.dtypes:
             for side in arguments.sides:
-                task = {
-                    "model": model,
-                    "pairs": str(path),
-                    "folder": folder,
-                    "dtype": dtype,
-                    "steps": arguments.steps,
-                    "micro_batch_tokens": arguments.micro_batch_tokens,
-                }
-                result["rows"].append(measure(side, task, tokens))
-                print(table(result["rows"]), flush=True)
-                text = json.dumps(result, indent=1, allow_nan=False)
-                arguments.output.write_text(text + "\n", encoding="utf-8")
-
-
-def one_side(side: str, task: str, answer: str) -> None:
-    found = SIDES[side](json.loads(task))
-    found["peak_bytes"] = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+                if report.lacks(side=side, dtype=dtype):
+                    task = {**settings, "model": model, "data": str(path), "dtype": dtype}
+                    report.add(measure(side, task, tokens))
+                print(table(report.rows), flush=True)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if sys.argv[1:2] == ["--side"]:
-        one_side(*sys.argv[2:])
-    else:
-        main()
+    steps.start(SIDES, main)

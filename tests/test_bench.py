@@ -1,15 +1,24 @@
-"""What the benchmarks' report keeps of pytest-benchmark's file, and the run on Shepherd."""
+"""What the benchmarks' report keeps of pytest-benchmark's file, the run on Shepherd, and the
+benches of whole steps on a tiny model."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cut_step
+import dpo_step
 import pytest
 import readme
 import report
+import scaling
+import self_judge_step
 import shepherd
+import steps
 from support import rows, write_rows
 
 import fastalign.train as loop
@@ -122,3 +131,105 @@ def test_the_run_on_shepherd_goes_on_where_it_stopped(
     # Finished: read, not run.
     before = result.read_text()
     assert shepherd.main(command) == 0 and len(updates) == 6 and result.read_text() == before
+
+
+@pytest.fixture
+def bench(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharp_llama: Path, quiet_process: None
+) -> Callable[..., list[dict[str, Any]]]:
+    """Runs a bench of whole steps on the tiny model and returns its rows.  Its sides run in this
+    process: starting one of their own takes longer than they do."""
+    number = itertools.count()
+
+    def here(file: str, side: str, task: dict[str, Any]) -> dict[str, Any]:
+        run = sys.modules[Path(file).stem].SIDES[side]
+        found = run({**task, "output_dir": str(tmp_path / f"run-{next(number)}")})
+        return json.loads(json.dumps(found)) | {"peak_bytes": 0, "peak_gib": 1.0}
+
+    def start(module: Any, data: Path, *options: str) -> list[dict[str, Any]]:
+        output = tmp_path / "result.json"
+        always = ["--model", str(sharp_llama), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", [module.__name__, str(data), *always, *options])
+        module.main()
+        found = json.loads(output.read_text())
+        assert found["command"].startswith(f"python bench/{module.__name__}.py ")
+        assert found["device"] and found["torch"] and found["commit"]
+        return found["rows"]
+
+    monkeypatch.setattr(steps, "alone", here)
+    return start
+
+
+def test_the_bench_of_cut_compares_equal_losses(
+    bench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "judged.jsonl", rows("judged", 240))
+    options = ["--steps", "3", "--dtypes", "float32", "--longest"]
+    made = bench(cut_step, data, *options, "400")
+    check, ours, plain = made
+    assert check["agree"] and check["tokens"] > 50 and 0 < check["flagged"] < check["tokens"]
+    assert (ours["side"], plain["side"]) == ("fastalign", "plain")
+    # Adapters start as nothing: the first losses are the model's own.
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], rel=1e-4)
+    assert ours["tokens"] == plain["tokens"] and len(ours["seconds"]) == len(plain["seconds"]) == 3
+    assert len(ours["body_seconds"]) == 3 and ours["body"] > 0
+    # What is there is not measured again; longer ones are, joined of several records.
+    longer = bench(cut_step, data, *options, "400", "600")
+    assert longer[:3] == made and [row["longest"] for row in longer[3:]] == [600] * 3
+    assert longer[4]["losses"][0] == pytest.approx(longer[5]["losses"][0], rel=1e-4)
+    assert sum(longer[4]["tokens"]) > 1.5 * sum(ours["tokens"])
+    assert longer[5]["plain_records"] == 1
+
+    original = cut_step.plain_loss
+    monkeypatch.setattr(cut_step, "plain_loss", lambda *a: (2 * original(*a)[0], original(*a)[1]))
+    with pytest.raises(SystemExit, match="other losses"):
+        bench(cut_step, data, *options, "400", "--again")
+
+
+def test_the_bench_of_dpo_gives_both_sides_the_same_pairs(
+    bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("trl")
+    data = write_rows(tmp_path / "pairs.jsonl", rows("preference", 12))
+    ours, theirs = bench(dpo_step, data, "--steps", "3", "--dtypes", "float32")
+    assert (ours["side"], theirs["side"]) == ("fastalign", "trl")
+    assert ours["tokens"] == theirs["tokens"]
+    for row in (ours, theirs):
+        assert len(row["seconds"]) == 3
+        # From the reference itself.
+        assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_bench_of_self_judge_times_its_parts(bench: Callable[..., Any], tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "prompts.jsonl", rows("prompt", 8))
+    options = ["--steps", "3", "--new", "6", "--prompts-per-step", "2", "--dtype", "float32"]
+    made = bench(self_judge_step, data, *options, "--sides", "embedded", "plain", "alone")
+    embedded, plain, alone = made
+    parts = {"rollout", "judge", "reference", "policy"}
+    assert plain["median_parts_s"].keys() == parts
+    assert embedded["median_parts_s"].keys() == parts | {"sync"}
+    for row in (embedded, plain):
+        assert len(row["seconds"]) == len(row["parts"]) == 3
+        assert all(sum(p.values()) <= s for p, s in zip(row["parts"], row["seconds"], strict=True))
+        # DPO from the reference itself.
+        assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert alone["x_generate"] > 0 and len(alone["generate_seconds"]) == 3
+
+
+def test_the_bench_of_growth_knows_the_work(bench: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = write_rows(tmp_path / "pairs.jsonl", rows("preference", 8))
+    options = ["--turns", "2", "--dtype", "float32", "--lengths", "96", "192", "--groups", "2", "8"]
+    made = bench(scaling, data, *options, "--ranks", "1")
+    assert (tmp_path / "result.png").stat().st_size > 0
+    lengths, groups, ranks = (row["points"] for row in made)
+    assert [p["point"] for p in (*lengths, *groups, *ranks)] == [96, 192, 2, 8, 1]
+    assert all(len(p["seconds"]) == len(p["operations"]) == 1 for p in (*lengths, *groups, *ranks))
+    for point in lengths:
+        assert point["tokens"][0] == pytest.approx(point["point"], abs=8)
+        assert point["operations"] == pytest.approx(point["operations_done"])
+    # The streams of a pair share their prompt, as the least work has it; four pairs do not.
+    assert groups[0]["operations"] == pytest.approx(groups[0]["operations_done"])
+    assert groups[1]["operations"][0] < groups[0]["operations"][0]
+    curve = scaling.growth([{"axis": "length", **p} for p in lengths])
+    assert curve[0]["growth"] == 1 and curve[1]["line"] > 1.5 * curve[0]["seconds"]
