@@ -13,7 +13,8 @@ The result is one JSON file of measured points and a drawing beside it (PNG): th
 it the line that the work's own growth makes of the first point.  Work is operations that a step
 cannot do without, as fastalign.timeline counts them: 2 N forward and 2 N backward a token for
 frozen weights, 2 N again for trained ones, attention's pairs of query and key, and the head's rows;
-for DPO one more forward pass.  For groups it counts a prompt once, however many answers it has.
+DPO's reference is asked before the first step, and no part of one.  For groups it counts a prompt
+once, however many answers it has.
 `growth` is time over that line: 1 or less is growth no worse than the work's.
 
 The floor of each point is its operations at the rate of bare products (bench/NOTES.md has the
@@ -179,7 +180,7 @@ def least_work(run: Any, examples: Any) -> Row:
     ]
     packs = [make_batch([example], share_prefixes=True) for example in merged]
     tokens = sum(len(stream.input_ids) for example in examples for stream in example.streams)
-    least = run.operations.of(packs, run.method.needs_reference)
+    least = run.operations.of(packs, reference=False)
     return {"least": least, "tokens": tokens}
 
 

@@ -111,7 +111,9 @@ def alone(file: str, side: str, task: dict[str, Any]) -> Row:
         answer = Path(folder, "answer.json")
         task = {**task, "output_dir": str(Path(folder, "run"))}
         command = [sys.executable, file, "--side", side, json.dumps(task), str(answer)]
-        with subprocess.Popen(command, cwd=ROOT) as process:
+        # Nothing is found that another run has computed.
+        environment = {**os.environ, "FASTALIGN_CACHE": str(Path(folder, "cache"))}
+        with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
             try:
                 _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
@@ -145,13 +147,15 @@ def train_steps(
     ``beside(run, examples)`` is called after each update; its time does not count.
 
     Returns ``seconds`` of each step, from the end of the last one to its own, rollouts and judging
-    included; ``logged``, what ``metrics.jsonl`` has of it; ``beside``, what that returned.
+    included; ``reference``, the seconds that the reference took for all steps before the first;
+    ``logged``, what ``metrics.jsonl`` has of each step; ``beside``, what that returned.
     """
     import fastalign.train as loop
     from fastalign.config import parse_config
 
-    rounds, update = loop.run_rounds, loop.update
+    rounds, update, score = loop.run_rounds, loop.update, loop.score_reference
     seconds: list[float] = []
+    reference = 0.0
     returned: list[Any] = []
     mark = 0.0
 
@@ -170,11 +174,25 @@ def train_steps(
         mark = time.perf_counter()
         return figures
 
+    def timed_score(*arguments: Any) -> Any:
+        nonlocal reference
+        began = time.perf_counter()
+        scored = score(*arguments)
+        synchronise()
+        reference += time.perf_counter() - began
+        return scored
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(loop, "score_reference", timed_score))
         stack.enter_context(patch.object(loop, "run_rounds", timed_rounds))
         stack.enter_context(patch.object(loop, "update", timed_update))
         loop.train(parse_config(tree))
-    return {"seconds": seconds, "logged": logged(tree["output_dir"]), "beside": returned}
+    return {
+        "seconds": seconds,
+        "reference": reference,
+        "logged": logged(tree["output_dir"]),
+        "beside": returned,
+    }
 
 
 def logged(output_dir: str) -> list[Row]:
