@@ -14,6 +14,8 @@
 #include <random>
 #include <utility>
 
+#include "invalid_input.h"
+
 namespace fastalign {
 namespace {
 
@@ -274,7 +276,9 @@ Mapping::~Mapping() {
 }
 
 Journal::Journal(const std::string& path, const Visit& visit)
-    : name_(path.empty() ? "the unnamed journal" : path), named_(!path.empty()) {
+    : name_(path.empty() ? "the unnamed journal" : path),
+      named_(!path.empty()),
+      owner_(::getpid()) {
   try {
     open(path);
     struct stat info;
@@ -333,7 +337,19 @@ void Journal::create() {
   sync_folder(name_);
 }
 
+bool Journal::owned() const {
+  return ::getpid() == owner_;
+}
+
+void Journal::check_owned() const {
+  if (owned()) return;
+  throw InvalidInput("the store is open in process " + std::to_string(owner_) +
+                     ", from which this one, " + std::to_string(::getpid()) +
+                     ", was forked: it may only read");
+}
+
 std::uint64_t Journal::append(Entry& entry) {
+  check_owned();
   std::lock_guard lock(mutex_);
   const std::uint64_t offset = write(entry);
   appended_ = end_;
@@ -353,6 +369,7 @@ std::uint64_t Journal::write(Entry& entry) {
 }
 
 void Journal::commit() {
+  check_owned();
   std::unique_lock lock(mutex_);
   const std::uint64_t wanted = appended_;
   while (durable_ < wanted) {
@@ -381,6 +398,7 @@ void Journal::commit() {
 }
 
 void Journal::close() {
+  if (!owned()) return;  // the lock is not this process's to give up
   commit();
   if (named_) ::flock(file_, LOCK_UN);
 }

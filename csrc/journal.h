@@ -11,6 +11,8 @@
 // being written when the writer died, or that a power failure took.
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -108,7 +110,8 @@ class Mapping {
   const std::uint8_t* data_;
 };
 
-// The file. Any number of threads may call it at the same time.
+// The file. Any number of threads may call it at the same time. A process that was forked from the
+// one that opened it may map what is there, and nothing else: two would write to the same place.
 class Journal {
  public:
   // Opens or makes the file at `path`, takes its lock, visits what it holds, and cuts off what
@@ -120,7 +123,11 @@ class Journal {
   Journal& operator=(const Journal&) = delete;
 
   const Recovery& recovery() const { return recovery_; }
-  const std::string& name() const { return name_; }
+
+  // Whether this is the process that opened it.
+  bool owned() const;
+  // Throws InvalidInput where it is not.
+  void check_owned() const;
 
   // Appends a sealed entry and returns the offset of its payload. Once it returns, the entry
   // survives the process. A write that fails leaves the file as it was.
@@ -143,6 +150,7 @@ class Journal {
 
   std::string name_;
   bool named_;
+  pid_t owner_;
   int file_ = -1;
   std::uint64_t id_ = 0;
   Recovery recovery_;

@@ -215,6 +215,8 @@ void Store::check_open() const {
 // Appends an entry that is checked already and, before anything else is appended, has `publish`
 // enter it into the index.
 std::int64_t Store::write(Entry& entry, const std::function<std::int64_t(std::uint64_t)>& publish) {
+  // First of all: who forked may have held a lock that nobody gives back here.
+  journal_.check_owned();
   std::lock_guard appending(appending_);
   {
     std::lock_guard lock(mutex_);
@@ -246,6 +248,7 @@ std::int64_t Store::append_settings(const void* bytes, std::size_t size) {
 }
 
 std::int64_t Store::append(NewRollout rollout, Limit limit, const Poll& poll) {
+  journal_.check_owned();
   check_tokens(rollout.token_ids(), rollout.length_);
   rollout.entry_.seal();
   {
@@ -278,6 +281,7 @@ std::int64_t Store::append(NewRollout rollout, Limit limit, const Poll& poll) {
 }
 
 void Store::annotate(std::int64_t rollout, const void* bytes, std::size_t size) {
+  journal_.check_owned();
   {
     std::lock_guard lock(mutex_);
     index_.check_rollout(rollout);
@@ -290,6 +294,7 @@ void Store::annotate(std::int64_t rollout, const void* bytes, std::size_t size) 
 }
 
 std::vector<Rollout> Store::take(std::size_t count, Limit limit, const Poll& poll) {
+  journal_.check_owned();
   if (capacity_ != 0 && count > capacity_) {
     throw InvalidInput("n is " + std::to_string(count) + ": no more than " +
                        std::to_string(capacity_) + " rollouts ever wait (capacity)");
@@ -378,6 +383,7 @@ void Store::commit() {
 }
 
 void Store::close() {
+  if (!journal_.owned()) return;
   {
     std::lock_guard lock(mutex_);
     closed_ = true;

@@ -116,7 +116,8 @@ class Index {
   std::unordered_map<std::int64_t, std::vector<Place>> notes;
 };
 
-// The store. Any number of threads may call it at the same time.
+// The store. Any number of threads may call it at the same time. In a process that was forked from
+// the one that opened it, what would write or take throws InvalidInput, and closing does nothing.
 class Store {
  public:
   // How long a call may wait; none means for ever.

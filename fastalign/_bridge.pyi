@@ -168,6 +168,10 @@ class EpisodeStore:
 
     Any number of threads may use it at the same time. What a method appended survives the death of
     the process; after :meth:`commit` it survives that of the machine.
+
+    A process that was forked from the one that opened it may hold and make views, unless a thread
+    was using the store when it was forked. What writes, commits or takes is a ValueError there, and
+    :meth:`close` does nothing.
     """
 
     def __init__(

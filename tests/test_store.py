@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -464,6 +465,64 @@ def test_a_full_disk_loses_nothing_before_it(tmp_path):
     assert [r.token_ids.tolist() for r in store] == [[1], [2]]
     store.close()
     assert EpisodeStore(path).recovery.reason is None
+
+
+# ------------------------------------------------------------------------------------- forked
+
+
+def in_a_child(work: Callable[[], None]) -> None:
+    """Run in a forked process; what it raises fails here, and so does one that hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
+
+
+def test_a_forked_child_reads_and_never_writes(tmp_path):
+    path = tmp_path / "j"
+    store = prepared(path)
+    store.append(0, 0, [1, 2], [0.0, -1.0], **HOW)
+    held = store[0].token_ids
+
+    def child() -> None:
+        for write in (
+            lambda: store.append_prompt([1]),
+            lambda: store.append_settings(b""),
+            lambda: store.append(0, 0, [1], [0.0], **HOW),
+            lambda: store.annotate(0, b"note"),
+            lambda: store.take(1),
+            lambda: store.commit(),
+        ):
+            with pytest.raises(ValueError, match=f"^the store is open in process {os.getppid()}, "):
+                write()
+        store.close()
+        assert held.tolist() == store[0].token_ids.tolist() == [1, 2]
+        assert store.prompt(0).tolist() == [1, 2, 3] and store.settings(0) == b"{}"
+
+    before = path.read_bytes()
+    in_a_child(child)
+    assert path.read_bytes() == before
+    # The lock is there yet.
+    with pytest.raises(BlockingIOError, match="is open already"):
+        EpisodeStore(path)
+    store.append(0, 0, [3], [-2.0], **HOW)
+    store.close()
+    assert [r.token_ids.tolist() for r in EpisodeStore(path)] == [[1, 2], [3]]
 
 
 # -------------------------------------------------------------------------- waiting and taking
