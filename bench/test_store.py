@@ -83,7 +83,7 @@ def append_contestants(folder: Path, pairs: Sequence[Pair]) -> Contestants:
     parts = arrays()
     data = flat(parts)
     target = np.empty_like(data)
-    # Made before: a file that is made is synced, and a run makes one.
+    # Made before: the first commit syncs the folder too, and a run makes one file.
     appended, committed = prepared(folder / "appended"), prepared(folder / "committed")
 
     def written(path: Path) -> None:

@@ -6,9 +6,9 @@
 // seeded by the file's id and the entry's offset, so that no bytes from elsewhere pass for an
 // entry. Everything is aligned to 8 bytes, so that a mapping of the file is read as it lies there.
 //
-// A commit syncs the file and then appends a mark that says up to where; a mark is the proof that
-// what is before it was whole once. So damage before the last mark is told from a tail that was
-// being written when the writer died, or that a power failure took.
+// A commit syncs the file, the first one its folder too, and then appends a mark that says up to
+// where; a mark is the proof that what is before it was whole once. So damage before the last mark
+// is told from a tail that was being written when the writer died, or that a power failure took.
 #pragma once
 
 #include <sys/types.h>
@@ -63,6 +63,7 @@ struct Recovery {
   std::uint64_t end = 0;
   std::uint64_t dropped = 0;
   std::string reason;
+  std::uint64_t appended = 0;   // end of the last entry that is no mark
   std::uint64_t committed = 0;  // entries before this offset are known to be on the disk
 };
 
@@ -133,12 +134,14 @@ class Journal {
   // survives the process. A write that fails leaves the file as it was.
   std::uint64_t append(Entry& entry);
 
-  // Returns once everything appended before is on the disk, whatever then happens to the machine.
-  // Calls at the same time share a sync. After a sync that failed nothing is written any more:
-  // what the kernel could not write it does not try again.
+  // Returns once everything appended before is on the disk, whatever then happens to the machine,
+  // and marked so; where all of it was already, nothing is written. Calls at the same time share a
+  // sync. After a sync that failed nothing is written any more: what the kernel could not write it
+  // does not try again. A mark that cannot be written is written by the next commit.
   void commit();
 
-  // Commits and gives the lock up; what was appended can still be mapped.
+  // Commits and gives the lock up, also where the commit fails; nothing can be appended any more,
+  // and what was can still be mapped. A second call does nothing.
   void close();
 
   std::shared_ptr<const Mapping> map(std::uint64_t offset, std::uint64_t size) const;
@@ -147,11 +150,13 @@ class Journal {
   void open(const std::string& path);
   void create();
   std::uint64_t write(Entry& entry);
+  int sync();
 
   std::string name_;
   bool named_;
   pid_t owner_;
   int file_ = -1;
+  int folder_ = -1;  // until it is synced: after a power failure it may not know of a new file
   std::uint64_t id_ = 0;
   Recovery recovery_;
 
@@ -160,7 +165,9 @@ class Journal {
   std::uint64_t end_ = 0;       // where the next entry goes
   std::uint64_t appended_ = 0;  // end of the last entry that is no mark
   std::uint64_t durable_ = 0;   // what is before this is on the disk
+  std::uint64_t marked_ = 0;    // and what is before this has a mark that says so
   bool syncing_ = false;
+  bool closed_ = false;
   std::string broken_;  // why nothing can be written any more
 };
 

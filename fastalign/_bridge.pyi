@@ -277,15 +277,23 @@ class EpisodeStore:
         """What was added to a rollout, oldest first."""
 
     def commit(self) -> None:
-        """Return once everything appended is on the disk. Calls at the same time share a sync.
+        """Return once everything appended is on the disk. Calls at the same time share a sync;
+        where nothing is new, nothing is written.
 
         Raises:
-            OSError: the disk failed; the store takes nothing any more.
+            OSError: the disk failed, and the store takes nothing any more; or it is full, and the
+                next commit finishes what this one began.
         """
 
     def close(self) -> None:
-        """Commit, end all waits, and let others open the file. Nothing can be appended any more;
-        what is there can still be taken and read."""
+        """Commit, end all waits, and let others open the file, also where the commit fails.
+
+        Nothing can be appended any more; what is there can still be taken and read. A second call
+        does nothing.
+
+        Raises:
+            OSError: see :meth:`commit`.
+        """
 
     def __enter__(self) -> EpisodeStore: ...
     def __exit__(

@@ -467,6 +467,19 @@ def test_a_full_disk_loses_nothing_before_it(tmp_path):
     assert EpisodeStore(path).recovery.reason is None
 
 
+def test_close_lets_go_of_the_file_when_it_cannot_be_marked(tmp_path):
+    path = tmp_path / "j"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="cannot be written: File too large"), prepared(path) as s:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with EpisodeStore(path) as again:
+        assert again.prompt(0).tolist() == s.prompt(0).tolist() == [1, 2, 3]
+    s.close()
+
+
 # ------------------------------------------------------------------------------------- forked
 
 
