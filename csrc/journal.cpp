@@ -265,7 +265,9 @@ void Entry::place(std::uint64_t id, std::uint64_t offset) {
 
 Mapping::Mapping(int file, std::uint64_t offset, std::uint64_t size, const std::string& path)
     : offset_(offset), size_(size) {
-  void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file, static_cast<off_t>(offset));
+  // No memory is set aside for pages that nobody is to write to.
+  void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file,
+                      static_cast<off_t>(offset));
   if (data == MAP_FAILED) throw IoError(errno, "cannot be mapped", path);
   data_ = static_cast<const std::uint8_t*>(data);
 }
@@ -432,6 +434,11 @@ void Journal::close() {
 
 std::shared_ptr<const Mapping> Journal::map(std::uint64_t offset, std::uint64_t size) const {
   return std::make_shared<const Mapping>(file_, offset, size, name_);
+}
+
+bool Journal::shows(const Mapping& mapping, std::uint64_t offset) const {
+  const auto header = load<EntryHeader>(mapping.at(offset));
+  return header.checksum == entry_checksum(header, id_, offset);
 }
 
 }  // namespace fastalign

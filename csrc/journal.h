@@ -95,7 +95,9 @@ class Entry {
   std::unique_ptr<std::uint8_t[]> bytes_;
 };
 
-// A read-only mapping of a part of a file, which may reach beyond its end.
+// A part of a file in memory, which may reach beyond its end. It is copy-on-write: who writes to it
+// all the same, as torch lets one do with a read-only array, changes a page of this mapping, which
+// from then on no longer follows the file, and never the file.
 class Mapping {
  public:
   Mapping(int file, std::uint64_t offset, std::uint64_t size, const std::string& path);
@@ -145,6 +147,9 @@ class Journal {
   void close();
 
   std::shared_ptr<const Mapping> map(std::uint64_t offset, std::uint64_t size) const;
+  // Whether a mapping shows the entry at `offset`, which lies in it. It does not where somebody
+  // wrote to the page before the entry came.
+  bool shows(const Mapping& mapping, std::uint64_t offset) const;
 
  private:
   void open(const std::string& path);

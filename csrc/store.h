@@ -67,15 +67,16 @@ struct Rollout {
   Span<float> logprobs;
 };
 
-// Mappings of one file by windows of kWindow bytes. At most `max_bytes` of them are kept; those
-// that somebody holds live on. What is dropped is in the file, and mapped again when asked for.
+// Mappings of one file by windows of kWindow bytes. At most `max_bytes` of them are kept; beside
+// them there are those that somebody holds. What is dropped is in the file, and mapped again when
+// asked for.
 // Not for several threads at the same time.
 class Windows {
  public:
   static constexpr std::uint64_t kWindow = std::uint64_t{1} << 22;
 
   Windows(const Journal& journal, std::uint64_t max_bytes);
-  // A mapping that holds these bytes.
+  // A mapping that shows the entry at `offset`, of `size` bytes with its header.
   std::shared_ptr<const Mapping> find(std::uint64_t offset, std::uint64_t size);
 
  private:
@@ -83,11 +84,14 @@ class Windows {
     std::shared_ptr<const Mapping> mapping;
     std::uint64_t used;
   };
-  void drop_oldest();
+  std::shared_ptr<const Mapping> map(std::uint64_t number);
+  void keep(std::uint64_t number, const std::shared_ptr<const Mapping>& mapping);
 
   const Journal& journal_;
   std::uint64_t max_bytes_;
-  std::map<std::uint64_t, Kept> kept_;  // by number of the window
+  // By number of the window: all that there are, and of those what is kept.
+  std::map<std::uint64_t, std::weak_ptr<const Mapping>> known_;
+  std::map<std::uint64_t, Kept> kept_;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t uses_ = 0;
 };
@@ -163,7 +167,8 @@ class Store {
             const Poll& poll, Ready ready);
   void check_open() const;
   std::int64_t write(Entry& entry, const std::function<std::int64_t(std::uint64_t)>& publish);
-  template <typename T>
+  // Of a place behind a payload's header.
+  template <typename T, typename Header>
   Span<T> span(const Index::Place& place);
   Rollout view(std::int64_t index);
 

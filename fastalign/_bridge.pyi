@@ -143,7 +143,10 @@ class Recovery:
 
 class StoredRollout:
     """A rollout in an :class:`EpisodeStore`; its arrays are read-only views of the file, without a
-    copy, and live on for as long as anyone holds them.
+    copy, and live on for as long as anyone holds them. ``torch.from_dlpack`` takes them as they
+    lie; what is written to such a tensor stays in this process, where other views of the rollout
+    may show it, and never reaches the file. A file that somebody else cuts short ends the process
+    that reads a view of what was cut off (SIGBUS).
 
     Attributes:
         index: its number in the store, from 0.
@@ -185,9 +188,9 @@ class EpisodeStore:
 
         Args:
             path: of the file; None: a file without a name in TMPDIR, which goes with the store.
-            max_bytes: of the file that stay mapped into memory without anybody holding them; the
-                rest is mapped again when it is asked for. Beside it the store keeps about 64 bytes
-                for each rollout.
+            max_bytes: most of the file that stays mapped into memory without anybody holding it,
+                in pieces of 8 MiB; the rest is mapped again when it is asked for. Beside it the
+                store keeps about 64 bytes for each rollout.
             capacity: rollouts that may wait to be taken before :meth:`append` waits; None: any
                 number.
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -159,6 +160,26 @@ def test_views_are_read_only_and_share_the_file():
             array.flags.writeable = True
 
 
+@pytest.mark.parametrize("tensor_of", [torch.from_dlpack, torch.from_numpy])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_torch_shares_the_views_and_writes_to_no_file(tmp_path, tensor_of):
+    store = prepared(tmp_path / "j")
+    store.append(0, 0, [4, 5], [-1.0, -2.0], **HOW)
+    before = (tmp_path / "j").read_bytes()
+    rollout = store[0]
+    ids, logprobs = tensor_of(rollout.token_ids), tensor_of(rollout.logprobs)
+    assert ids.data_ptr() == rollout.token_ids.ctypes.data and ids.dtype == torch.int32
+    assert logprobs.data_ptr() == rollout.logprobs.ctypes.data
+    ids += 1
+    logprobs.zero_()
+    assert ids.tolist() == [5, 6] and (tmp_path / "j").read_bytes() == before
+    # Beside it, on the same page.
+    store.append(0, 0, [8, 9], [-3.0, -4.0], **HOW)
+    assert store[1].token_ids.tolist() == [8, 9] and store[1].logprobs.tolist() == [-3, -4]
+    store.close()
+    assert EpisodeStore(tmp_path / "j")[0].token_ids.tolist() == [4, 5]
+
+
 def test_views_outlive_the_store():
     store = prepared()
     store.append(0, 0, np.arange(1000), np.arange(1000.0), **HOW)
@@ -188,9 +209,26 @@ def test_memory_is_bounded_whatever_the_file_holds(tmp_path):
     held = store[5].token_ids
     for i in range(64):
         assert (store[i].token_ids == i).all() and (store[i].logprobs == -i).all()
-        # One window of two may be held beyond the limit.
+        # Each mapping is two windows long; one is held.
         assert mapped(tmp_path / "j") <= 4 * WINDOW + 2 * WINDOW
     assert (held == 5).all()
+    everything = [store[i].token_ids for i in range(64)]
+    assert mapped(tmp_path / "j") > 16 * WINDOW
+    assert all((ids == i).all() for i, ids in enumerate(everything))
+    del everything, held
+    assert 0 < mapped(tmp_path / "j") <= 4 * WINDOW
+
+
+def test_nothing_stays_mapped_where_nothing_may(tmp_path):
+    store = prepared(tmp_path / "j", max_bytes=2 * WINDOW - 1)
+    store.append(0, 0, [4, 5], [-1.0, -2.0], **HOW)
+    held, also = store[0], store.prompt(0)
+    ids = held.token_ids
+    assert mapped(tmp_path / "j") == 2 * WINDOW
+    del held, also
+    assert mapped(tmp_path / "j") == 2 * WINDOW and ids.tolist() == [4, 5]
+    del ids
+    assert mapped(tmp_path / "j") == 0
 
 
 # -------------------------------------------------------------------------- the same as a model

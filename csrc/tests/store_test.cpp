@@ -236,6 +236,23 @@ TEST(views_outlive_their_window_and_their_store) {
   }
 }
 
+TEST(what_is_written_to_a_view_stays_there) {
+  const TemporaryFile file;
+  Store store(file.path(), 1 << 28, 0);
+  prepare(store);
+  store.append(rollout(1, 10), kForEver, ignore);
+  const Bytes before = file.read();
+  const Rollout held = store.rollout(0);
+  for (std::size_t i = 0; i < 10; ++i) const_cast<std::int32_t*>(held.token_ids.data)[i] = 77;
+  CHECK(file.read() == before);
+  // On the same page, of which there is a copy now.
+  store.append(rollout(2, 10), kForEver, ignore);
+  store.annotate(1, "good", 4);
+  CHECK(is(store.rollout(1), 2, 10));
+  CHECK((values(store.notes(1)[0]) == Bytes{'g', 'o', 'o', 'd'}));
+  CHECK(held.token_ids.data[9] == 77);
+}
+
 TEST(holds_a_rollout_larger_than_a_window) {
   Store store("", 0, 0);
   prepare(store);
