@@ -142,10 +142,8 @@ std::uint64_t mixed(std::uint64_t lane, std::uint64_t word) {
 
 }  // namespace
 
-IoError::IoError(int error, std::string what, std::string file)
-    : std::runtime_error(file + " " + what + ": " + std::strerror(error)),
-      code(error),
-      path(std::move(file)) {}
+IoError::IoError(int error, const std::string& what, const std::string& path)
+    : std::runtime_error(path + " " + what + ": " + std::strerror(error)), code(error) {}
 
 std::uint64_t xxh64(const void* data, std::size_t size, std::uint64_t seed) {
   const auto* from = static_cast<const std::uint8_t*>(data);

@@ -34,9 +34,8 @@ class CorruptJournal : public std::runtime_error {
 // The operating system refused; code is its errno.
 class IoError : public std::runtime_error {
  public:
-  IoError(int code, std::string what, std::string path);
+  IoError(int code, const std::string& what, const std::string& path);
   int code;
-  std::string path;
 };
 
 // XXH64, the 64-bit hash of the xxHash specification.

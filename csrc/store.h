@@ -32,7 +32,7 @@ enum class Finish : std::uint32_t { stop = 0, length = 1 };
 struct RolloutInfo {
   std::int64_t prompt;
   std::int64_t settings;
-  std::int64_t seed;
+  std::uint64_t seed;
   std::int64_t weight_version;
   Finish finish;
   std::uint32_t unused = 0;  // named, so that what is written has no bytes by chance

@@ -137,9 +137,12 @@ class Recovery:
         reason: why, with the offset; None where nothing was dropped.
     """
 
-    end: int
-    dropped: int
-    reason: str | None
+    @property
+    def end(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
 
 class StoredRollout:
     """A rollout in an :class:`EpisodeStore`; its arrays are read-only views of the file, without a
@@ -155,12 +158,18 @@ class StoredRollout:
         logprobs: float32 [L].
     """
 
-    index: int
-    prompt: int
-    settings: int
-    seed: int
-    weight_version: int
-    finish_reason: Literal["stop", "length"]
+    @property
+    def index(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def settings(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def weight_version(self) -> int: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]: ...
     @property
     def token_ids(self) -> NDArray[np.int32]: ...
     @property
@@ -179,7 +188,7 @@ class EpisodeStore:
 
     def __init__(
         self,
-        path: str | PathLike[str] | None = None,
+        path: str | bytes | PathLike[str] | PathLike[bytes] | None = None,
         *,
         max_bytes: int = 2**28,
         capacity: int | None = None,
@@ -187,7 +196,8 @@ class EpisodeStore:
         """Open the journal, or begin one. All rollouts that it holds are to be taken (again).
 
         Args:
-            path: of the file; None: a file without a name in TMPDIR, which goes with the store.
+            path: of the file, as ``open`` takes it; None: a file without a name in TMPDIR, which
+                goes with the store.
             max_bytes: most of the file that stays mapped into memory without anybody holding it,
                 in pieces of 8 MiB; the rest is mapped again when it is asked for. Beside it the
                 store keeps about 64 bytes for each rollout.
@@ -233,6 +243,7 @@ class EpisodeStore:
         Args:
             prompt, settings: their numbers.
             token_ids, logprobs: [L], a list, a tuple or an array each.
+            seed: from 0 to 2^64 - 1.
             timeout: seconds to wait where ``capacity`` rollouts are there to be taken; None: for
                 ever. Ctrl-C ends a wait.
 

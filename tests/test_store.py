@@ -35,7 +35,7 @@ HOW = {"finish_reason": "stop", "seed": 0, "weight_version": 0}
 WINDOW = 1 << 22  # bytes, in csrc/store.h
 
 
-def prepared(path: Path | None = None, **options: Any) -> EpisodeStore:
+def prepared(path: Path | bytes | None = None, **options: Any) -> EpisodeStore:
     """A store with a prompt and settings, both number 0."""
     store = EpisodeStore(path, **options)
     store.append_prompt([1, 2, 3])
@@ -67,13 +67,13 @@ def test_takes_lists_and_arrays_bit_for_bit(kind, token_dtype, logprob_dtype):
         kind(ids) if token_dtype is None else kind(ids, dtype=token_dtype),
         kind(logprobs) if logprob_dtype is None else kind(logprobs, dtype=logprob_dtype),
         finish_reason="length",
-        seed=-(2**63),
+        seed=2**64 - 1,
         weight_version=2**63 - 1,
     )
     (found,) = store
     assert found.token_ids.dtype == np.int32 and found.logprobs.dtype == np.float32
     expected = np.array(ids, np.int32).tobytes(), np.array(logprobs, np.float32).tobytes()
-    assert plain(found) == (0, 0, 0, -(2**63), 2**63 - 1, "length", *expected)
+    assert plain(found) == (0, 0, 0, 2**64 - 1, 2**63 - 1, "length", *expected)
 
 
 class ShrinksItsList:
@@ -123,6 +123,14 @@ def test_names_what_is_wrong(arguments, error, message):
         (lambda s: s.append(0, -1, [], [], **HOW), ValueError, "settings -1 is not .* has 1"),
         (lambda s: s.append(0, 0, [], [], **HOW | {"finish_reason": "abort"}), ValueError,
          "finish_reason must be 'stop' or 'length', got 'abort'"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": 2**64}), ValueError,
+         "seed is 18446744073709551616; it must be from 0 to 18446744073709551615"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": -1}), ValueError, "seed is -1; .*"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": 0.5}), TypeError,
+         "seed must be an int, got a float"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"weight_version": 2**63}), ValueError,
+         "weight_version is 9223372036854775808; it must be from -9223372036854775808 to 9.*7"),
+        (lambda s: s.append(2**63, 0, [], [], **HOW), ValueError, "prompt is 92.*08; it must .*"),
         (lambda s: s.append(0, 0, [], [], timeout=-1.0, **HOW), ValueError, "timeout must be .*"),
         (lambda s: s.annotate(0, b""), ValueError, "rollout 0 is not in the store, which has 0"),
         (lambda s: s[0], IndexError, "rollout 0 is not in the store, which has 0"),
@@ -136,6 +144,8 @@ def test_names_what_is_wrong(arguments, error, message):
         (lambda s: EpisodeStore(max_bytes=-1), ValueError, "max_bytes must be at least 0, got -1"),
         (lambda s: EpisodeStore(capacity=0), ValueError, "capacity must be .* at least 1, got 0"),
         (lambda s: EpisodeStore(""), ValueError, "path is empty"),
+        (lambda s: EpisodeStore("a\0b"), ValueError, "embedded null byte"),
+        (lambda s: EpisodeStore(3), TypeError, "expected str, bytes or .*, not int"),
         (lambda s: EpisodeStore("/nowhere/x"), FileNotFoundError, ".*/nowhere/x cannot be .*"),
         (lambda s: EpisodeStore("/tmp"), IsADirectoryError, ".*/tmp cannot be opened: Is a .*"),
     ],
@@ -251,6 +261,7 @@ class Model:
 
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=40)
 int64s = st.integers(-(2**63), 2**63 - 1)
+seeds = st.integers(0, 2**64 - 1)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -279,7 +290,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.wrote("settings", value)
 
     @precondition(lambda self: self.model.of("prompt") and self.model.of("settings"))
-    @rule(data=st.data(), ids=token_ids, seed=int64s, version=int64s, reason=st.booleans())
+    @rule(data=st.data(), ids=token_ids, seed=seeds, version=int64s, reason=st.booleans())
     def append(self, data, ids, seed, version, reason):
         prompt = data.draw(st.integers(0, len(self.model.of("prompt")) - 1))
         how = data.draw(st.integers(0, len(self.model.of("settings")) - 1))
@@ -478,6 +489,22 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(CorruptJournal, match=rf"^{path} is no journal: it does not begin as one$"):
         EpisodeStore(path)
     assert path.read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "über 🙂".encode(), b"\xff\xfe"])
+def test_paths_are_whatever_the_file_system_takes(tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    with prepared(path) as store:
+        with pytest.raises(BlockingIOError, match="is open already") as caught:
+            EpisodeStore(os.fsdecode(path))
+        assert os.fsencode(str(caught.value.strerror)).startswith(path + b" is open")
+        assert store.prompt(0).tolist() == [1, 2, 3]
+    for same in (path, os.fsdecode(path), Path(os.fsdecode(path))):
+        assert EpisodeStore(same).prompt(0).tolist() == [1, 2, 3]
+    Path(os.fsdecode(path)).write_text("dear diary")
+    with pytest.raises(CorruptJournal, match="is no journal") as found:
+        EpisodeStore(path)
+    assert os.fsencode(str(found.value)).startswith(path + b" is no")
 
 
 def test_an_open_journal_is_opened_by_nobody_else(tmp_path):

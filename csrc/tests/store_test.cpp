@@ -32,21 +32,21 @@ const Store::Limit kForEver;
 
 void ignore() {}
 
-NewRollout rollout(std::int64_t seed, std::size_t length, std::int64_t prompt = 0) {
+NewRollout rollout(std::uint64_t seed, std::size_t length, std::int64_t prompt = 0) {
   NewRollout made({prompt, 0, seed, 3, Finish::length}, length);
   for (std::size_t i = 0; i < length; ++i) {
-    made.token_ids()[i] = static_cast<std::int32_t>(seed + static_cast<std::int64_t>(i));
+    made.token_ids()[i] = static_cast<std::int32_t>(seed + i);
     made.logprobs()[i] = -static_cast<float>(i);
   }
   return made;
 }
 
-bool is(const Rollout& found, std::int64_t seed, std::size_t length) {
+bool is(const Rollout& found, std::uint64_t seed, std::size_t length) {
   bool same = found.info.seed == seed && found.info.weight_version == 3 &&
               found.info.finish == Finish::length && found.token_ids.size == length &&
               found.logprobs.size == length;
   for (std::size_t i = 0; same && i < length; ++i) {
-    same = found.token_ids.data[i] == seed + static_cast<std::int64_t>(i) &&
+    same = found.token_ids.data[i] == static_cast<std::int32_t>(seed + i) &&
            found.logprobs.data[i] == -static_cast<float>(i);
   }
   return same;
@@ -167,7 +167,7 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
   prepare(store);
   std::vector<std::thread> producers, consumers;
   std::mutex mutex;
-  std::multiset<std::int64_t> taken;
+  std::multiset<std::uint64_t> taken;
   std::atomic<bool> good{true};
   std::atomic<std::int64_t> annotated{0};
   for (std::int64_t c = 0; c < kConsumers; ++c) {
@@ -176,7 +176,7 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
         const auto got = store.take(5, kForEver, ignore);
         if (got.empty()) return;
         for (const Rollout& r : got) {
-          if (!is(r, r.info.seed, static_cast<std::size_t>(r.info.seed % 600))) good = false;
+          if (!is(r, r.info.seed, r.info.seed % 600)) good = false;
           store.annotate(r.index, &r.info.seed, sizeof r.info.seed);
           const std::lock_guard lock(mutex);
           taken.insert(r.info.seed);
@@ -200,16 +200,16 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
   for (std::thread& thread : consumers) thread.join();
   CHECK(good);
   CHECK(taken.size() == kProducers * kEach);
-  CHECK(std::set<std::int64_t>(taken.begin(), taken.end()).size() == taken.size());
+  CHECK(std::set<std::uint64_t>(taken.begin(), taken.end()).size() == taken.size());
 
   Store again(file.path(), kMiB, 0);
   CHECK(again.size() == taken.size());
   for (std::int64_t i = 0; i < kProducers * kEach; ++i) {
     const Rollout found = again.rollout(i);
-    CHECK(is(found, found.info.seed, static_cast<std::size_t>(found.info.seed % 600)));
+    CHECK(is(found, found.info.seed, found.info.seed % 600));
     const auto notes = again.notes(i);
     CHECK(notes.size() == 1);
-    std::int64_t note = 0;
+    std::uint64_t note = 0;
     std::memcpy(&note, notes[0].data, sizeof note);
     CHECK(note == found.info.seed);
   }
