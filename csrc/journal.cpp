@@ -192,7 +192,7 @@ Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::s
   Header header{};
   std::memcpy(&header, data, std::min(size, kJournalHeader));
   if (std::memcmp(header.magic, kMagic, std::min<std::uint64_t>(size, sizeof kMagic)) != 0) {
-    throw CorruptJournal(name + " is no journal: it does not begin as one");
+    throw NotAJournal(name + " is no journal: it does not begin as one");
   }
   if (size < kJournalHeader) {
     // Nothing was ever appended to it.

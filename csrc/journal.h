@@ -31,6 +31,12 @@ class CorruptJournal : public std::runtime_error {
   explicit CorruptJournal(const std::string& message) : std::runtime_error(message) {}
 };
 
+// It does not even begin as a journal: a file of something else.
+class NotAJournal : public CorruptJournal {
+ public:
+  using CorruptJournal::CorruptJournal;
+};
+
 // The operating system refused; code is its errno.
 class IoError : public std::runtime_error {
  public:
@@ -67,7 +73,7 @@ struct Recovery {
 };
 
 // Visits every entry of a journal but the marks, in order, until the first that is not whole.
-// Throws CorruptJournal where this is no journal, one of another version, or damaged before its
+// Throws NotAJournal, and CorruptJournal where this is one of another version or damaged before its
 // last mark; `name` is what the message calls it. Reads nothing outside of the bytes given.
 Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::string& name,
                       const Visit& visit);

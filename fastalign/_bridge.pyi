@@ -128,6 +128,9 @@ class CorruptJournal(ValueError):
     """A file that cannot be the journal of an :class:`EpisodeStore`: something else, another
     version, or damaged before its last commit. The message names file and offset."""
 
+class NotAJournal(CorruptJournal):
+    """A file of something else: it does not even begin as a journal."""
+
 class Recovery:
     """What opening a journal found.
 
@@ -205,7 +208,7 @@ class EpisodeStore:
                 number.
 
         Raises:
-            CorruptJournal: see there; the file is left as it is.
+            CorruptJournal, NotAJournal: see there; the file is left as it is.
             OSError: the file cannot be opened, read or written, or another store has it open
                 (BlockingIOError).
         """

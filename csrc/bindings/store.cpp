@@ -252,12 +252,16 @@ py::object recovery_reason(const Recovery& recovery) {
 }  // namespace
 
 void bind_store(py::module_& m) {
-  // It lives as long as the process does, as the translator that uses it.
+  // They live as long as the process does, as the translator that uses them.
   static PyObject* const corrupt =
       py::exception<CorruptJournal>(m, "CorruptJournal", PyExc_ValueError).release().ptr();
+  static PyObject* const foreign =
+      py::exception<NotAJournal>(m, "NotAJournal", corrupt).release().ptr();
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
+    } catch (const NotAJournal& other) {
+      PyErr_SetObject(foreign, message_of(other).ptr());
     } catch (const CorruptJournal& damaged) {
       PyErr_SetObject(corrupt, message_of(damaged).ptr());
     } catch (const TimedOut& timed_out) {
