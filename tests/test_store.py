@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import re
@@ -512,6 +513,23 @@ def test_close_lets_go_of_the_file_when_it_cannot_be_marked(tmp_path):
     with EpisodeStore(path) as again:
         assert again.prompt(0).tolist() == s.prompt(0).tolist() == [1, 2, 3]
     s.close()
+
+
+def test_judgments_and_scores_come_when_they_come(tmp_path):
+    """While others append and take, and they are the rollout's for good."""
+    store = prepared(tmp_path / "j")
+    for _ in range(3):
+        store.append(0, 0, [1], [0.0], **HOW)
+    (first, second) = store.take(2)
+    store.annotate(second.index, json.dumps({"score": 0.75}).encode())
+    store.append(0, 0, [2], [0.0], **HOW)
+    store.annotate(first.index, b"Zu kurz.")
+    store.annotate(second.index, b"\0")
+    expected = [[b"Zu kurz."], [b'{"score": 0.75}', b"\0"], [], []]
+    assert [store.notes(rollout.index) for rollout in store] == expected
+    store.close()
+    again = EpisodeStore(tmp_path / "j")
+    assert [again.notes(rollout.index) for rollout in again] == expected
 
 
 # ------------------------------------------------------------------------------------- forked
