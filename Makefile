@@ -89,6 +89,7 @@ lint: .venv ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --allowlist csrc/bindings/stubtest-allowlist fastalign._bridge
 
 format: .venv ## Rewrite the sources in style
 	$(BIN)/ruff check --fix .

@@ -83,7 +83,7 @@ def append_contestants(folder: Path, pairs: Sequence[Pair]) -> Contestants:
     parts = arrays()
     data = flat(parts)
     target = np.empty_like(data)
-    # Made before: a file that is made is synced, and a run makes one.
+    # Made before: the first commit syncs the folder too, and a run makes one file.
     appended, committed = prepared(folder / "appended"), prepared(folder / "committed")
 
     def written(path: Path) -> None:
@@ -165,16 +165,16 @@ APPEND = [
 READ = ["floor: one copy", "fastalign", "fastalign, opened anew", "a list of arrays", "pickle"]
 
 
-@pytest.mark.parametrize("name", APPEND)
-def test_append_lists(race, folder, name):
-    race("append lists", lambda: append_contestants(folder, lists()), name)
+@pytest.mark.parametrize("who", APPEND)
+def test_append_lists(race, folder, who):
+    race("append lists", lambda: append_contestants(folder, lists()), who)
 
 
-@pytest.mark.parametrize("name", APPEND)
-def test_append_arrays(race, folder, name):
-    race("append arrays", lambda: append_contestants(folder, arrays()), name)
+@pytest.mark.parametrize("who", APPEND)
+def test_append_arrays(race, folder, who):
+    race("append arrays", lambda: append_contestants(folder, arrays()), who)
 
 
-@pytest.mark.parametrize("name", READ)
-def test_read(race, folder, name):
-    race("read", lambda: read_contestants(folder), name)
+@pytest.mark.parametrize("who", READ)
+def test_read(race, folder, who):
+    race("read", lambda: read_contestants(folder), who)

@@ -11,8 +11,11 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <random>
 #include <utility>
+
+#include "invalid_input.h"
 
 namespace fastalign {
 namespace {
@@ -98,20 +101,16 @@ std::string at(std::uint64_t offset) {
   return " at byte " + std::to_string(offset);
 }
 
-std::string folder_of(const std::string& path) {
-  const std::size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-// A file that has just been made is there after a power failure only if its folder says so.
-void sync_folder(const std::string& path) {
-  const std::string folder = folder_of(path);
+// The folder that the file lies in, wherever links lead.
+int open_folder(const std::string& path) {
+  const std::unique_ptr<char, decltype(&std::free)> real(::realpath(path.c_str(), nullptr),
+                                                         &std::free);
+  if (real == nullptr) throw IoError(errno, "cannot be found", path);
+  const std::string file = real.get();
+  const std::string folder = file.substr(0, std::max<std::size_t>(file.rfind('/'), 1));
   const int handle = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (handle < 0) throw IoError(errno, "cannot be opened", folder);
-  const int failed = ::fsync(handle) == 0 ? 0 : errno;
-  ::close(handle);
-  if (failed != 0) throw IoError(failed, "cannot be synced", folder);
+  return handle;
 }
 
 // 0, or the errno with which writing stopped.
@@ -143,10 +142,8 @@ std::uint64_t mixed(std::uint64_t lane, std::uint64_t word) {
 
 }  // namespace
 
-IoError::IoError(int error, std::string what, std::string file)
-    : std::runtime_error(file + " " + what + ": " + std::strerror(error)),
-      code(error),
-      path(std::move(file)) {}
+IoError::IoError(int error, const std::string& what, const std::string& path)
+    : std::runtime_error(path + " " + what + ": " + std::strerror(error)), code(error) {}
 
 std::uint64_t xxh64(const void* data, std::size_t size, std::uint64_t seed) {
   const auto* from = static_cast<const std::uint8_t*>(data);
@@ -195,7 +192,7 @@ Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::s
   Header header{};
   std::memcpy(&header, data, std::min(size, kJournalHeader));
   if (std::memcmp(header.magic, kMagic, std::min<std::uint64_t>(size, sizeof kMagic)) != 0) {
-    throw CorruptJournal(name + " is no journal: it does not begin as one");
+    throw NotAJournal(name + " is no journal: it does not begin as one");
   }
   if (size < kJournalHeader) {
     // Nothing was ever appended to it.
@@ -212,6 +209,7 @@ Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::s
     throw CorruptJournal(name + " is damaged: header at byte 0");
   }
   std::uint64_t offset = kJournalHeader;
+  recovery.appended = offset;
   const char* fault = nullptr;
   while (offset < size) {
     EntryHeader entry;
@@ -222,6 +220,7 @@ Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::s
       recovery.committed = load<std::uint64_t>(data + payload);
     } else {
       visit({payload, entry.kind, data + payload, entry.size});
+      recovery.appended = payload + entry.size;
     }
     offset = payload + entry.size;
   }
@@ -264,7 +263,9 @@ void Entry::place(std::uint64_t id, std::uint64_t offset) {
 
 Mapping::Mapping(int file, std::uint64_t offset, std::uint64_t size, const std::string& path)
     : offset_(offset), size_(size) {
-  void* data = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file, static_cast<off_t>(offset));
+  // No memory is set aside for pages that nobody is to write to.
+  void* data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file,
+                      static_cast<off_t>(offset));
   if (data == MAP_FAILED) throw IoError(errno, "cannot be mapped", path);
   data_ = static_cast<const std::uint8_t*>(data);
 }
@@ -274,7 +275,9 @@ Mapping::~Mapping() {
 }
 
 Journal::Journal(const std::string& path, const Visit& visit)
-    : name_(path.empty() ? "the unnamed journal" : path), named_(!path.empty()) {
+    : name_(path.empty() ? "the unnamed journal" : path),
+      named_(!path.empty()),
+      owner_(::getpid()) {
   try {
     open(path);
     struct stat info;
@@ -292,8 +295,11 @@ Journal::Journal(const std::string& path, const Visit& visit)
       }
     }
     if (recovery_.end == 0) create();
-    end_ = appended_ = std::max(recovery_.end, kJournalHeader);
-    durable_ = recovery_.committed;
+    end_ = std::max(recovery_.end, kJournalHeader);
+    appended_ = std::max(recovery_.appended, kJournalHeader);
+    // A header alone is nothing that could be lost.
+    durable_ = marked_ = std::max(recovery_.committed, kJournalHeader);
+    if (named_ && recovery_.committed == 0) folder_ = open_folder(path);
   } catch (...) {
     if (file_ >= 0) ::close(file_);
     throw;
@@ -301,6 +307,7 @@ Journal::Journal(const std::string& path, const Visit& visit)
 }
 
 Journal::~Journal() {
+  if (folder_ >= 0) ::close(folder_);
   ::close(file_);
 }
 
@@ -328,12 +335,21 @@ void Journal::create() {
   if (const int failed = write_all(file_, header, sizeof header, 0)) {
     throw IoError(failed, "cannot be written", name_);
   }
-  if (!named_) return;
-  if (::fdatasync(file_) != 0) throw IoError(errno, "cannot be synced", name_);
-  sync_folder(name_);
+}
+
+bool Journal::owned() const {
+  return ::getpid() == owner_;
+}
+
+void Journal::check_owned() const {
+  if (owned()) return;
+  throw InvalidInput("the store is open in process " + std::to_string(owner_) +
+                     ", from which this one, " + std::to_string(::getpid()) +
+                     ", was forked: it may only read");
 }
 
 std::uint64_t Journal::append(Entry& entry) {
+  check_owned();
   std::lock_guard lock(mutex_);
   const std::uint64_t offset = write(entry);
   appended_ = end_;
@@ -341,6 +357,7 @@ std::uint64_t Journal::append(Entry& entry) {
 }
 
 std::uint64_t Journal::write(Entry& entry) {
+  if (closed_) throw InvalidInput("the store is closed");
   if (!broken_.empty()) throw IoError(EIO, broken_, name_);
   entry.place(id_, end_);
   if (const int failed = write_all(file_, entry.bytes(), entry.size(), end_)) {
@@ -353,40 +370,73 @@ std::uint64_t Journal::write(Entry& entry) {
 }
 
 void Journal::commit() {
+  check_owned();
   std::unique_lock lock(mutex_);
   const std::uint64_t wanted = appended_;
-  while (durable_ < wanted) {
-    if (!broken_.empty()) throw IoError(EIO, broken_, name_);
+  while (marked_ < wanted) {
     if (syncing_) {
       synced_.wait(lock);
       continue;
     }
-    syncing_ = true;
     const std::uint64_t reached = appended_;
-    lock.unlock();
-    const int failed = !named_ || ::fdatasync(file_) == 0 ? 0 : errno;
-    lock.lock();
-    syncing_ = false;
-    synced_.notify_all();
-    if (failed != 0) {
-      broken_ = "could not be synced, so that what was written last may be lost";
-      throw IoError(failed, "cannot be synced", name_);
+    if (durable_ < reached) {
+      if (!broken_.empty()) throw IoError(EIO, broken_, name_);
+      syncing_ = true;
+      lock.unlock();
+      const int failed = named_ ? sync() : 0;
+      lock.lock();
+      syncing_ = false;
+      synced_.notify_all();
+      if (failed != 0) {
+        broken_ = "could not be synced, so that what was written last may be lost";
+        throw IoError(failed, "cannot be synced", name_);
+      }
+      durable_ = reached;
     }
-    durable_ = reached;
-    Entry mark(kMark, sizeof reached);
-    std::memcpy(mark.payload(), &reached, sizeof reached);
+    Entry mark(kMark, sizeof durable_);
+    std::memcpy(mark.payload(), &durable_, sizeof durable_);
     mark.seal();
     write(mark);
+    marked_ = durable_;
   }
 }
 
+// The file, and once its folder; 0, or the errno with which that failed.
+int Journal::sync() {
+  if (::fdatasync(file_) != 0) return errno;
+  if (folder_ < 0) return 0;
+  if (::fsync(folder_) != 0) return errno;
+  ::close(std::exchange(folder_, -1));
+  return 0;
+}
+
 void Journal::close() {
-  commit();
-  if (named_) ::flock(file_, LOCK_UN);
+  if (!owned()) return;  // the lock is not this process's to give up
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_) return;
+  }
+  std::exception_ptr failed;
+  try {
+    commit();
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  {
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    if (named_) ::flock(file_, LOCK_UN);
+  }
+  if (failed) std::rethrow_exception(failed);
 }
 
 std::shared_ptr<const Mapping> Journal::map(std::uint64_t offset, std::uint64_t size) const {
   return std::make_shared<const Mapping>(file_, offset, size, name_);
+}
+
+bool Journal::shows(const Mapping& mapping, std::uint64_t offset) const {
+  const auto header = load<EntryHeader>(mapping.at(offset));
+  return header.checksum == entry_checksum(header, id_, offset);
 }
 
 }  // namespace fastalign

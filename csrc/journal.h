@@ -6,10 +6,12 @@
 // seeded by the file's id and the entry's offset, so that no bytes from elsewhere pass for an
 // entry. Everything is aligned to 8 bytes, so that a mapping of the file is read as it lies there.
 //
-// A commit syncs the file and then appends a mark that says up to where; a mark is the proof that
-// what is before it was whole once. So damage before the last mark is told from a tail that was
-// being written when the writer died, or that a power failure took.
+// A commit syncs the file, the first one its folder too, and then appends a mark that says up to
+// where; a mark is the proof that what is before it was whole once. So damage before the last mark
+// is told from a tail that was being written when the writer died, or that a power failure took.
 #pragma once
+
+#include <sys/types.h>
 
 #include <condition_variable>
 #include <cstddef>
@@ -29,12 +31,17 @@ class CorruptJournal : public std::runtime_error {
   explicit CorruptJournal(const std::string& message) : std::runtime_error(message) {}
 };
 
+// It does not even begin as a journal: a file of something else.
+class NotAJournal : public CorruptJournal {
+ public:
+  using CorruptJournal::CorruptJournal;
+};
+
 // The operating system refused; code is its errno.
 class IoError : public std::runtime_error {
  public:
-  IoError(int code, std::string what, std::string path);
+  IoError(int code, const std::string& what, const std::string& path);
   int code;
-  std::string path;
 };
 
 // XXH64, the 64-bit hash of the xxHash specification.
@@ -61,11 +68,12 @@ struct Recovery {
   std::uint64_t end = 0;
   std::uint64_t dropped = 0;
   std::string reason;
+  std::uint64_t appended = 0;   // end of the last entry that is no mark
   std::uint64_t committed = 0;  // entries before this offset are known to be on the disk
 };
 
 // Visits every entry of a journal but the marks, in order, until the first that is not whole.
-// Throws CorruptJournal where this is no journal, one of another version, or damaged before its
+// Throws NotAJournal, and CorruptJournal where this is one of another version or damaged before its
 // last mark; `name` is what the message calls it. Reads nothing outside of the bytes given.
 Recovery read_journal(const std::uint8_t* data, std::uint64_t size, const std::string& name,
                       const Visit& visit);
@@ -92,7 +100,9 @@ class Entry {
   std::unique_ptr<std::uint8_t[]> bytes_;
 };
 
-// A read-only mapping of a part of a file, which may reach beyond its end.
+// A part of a file in memory, which may reach beyond its end. It is copy-on-write: who writes to it
+// all the same, as torch lets one do with a read-only array, changes a page of this mapping, which
+// from then on no longer follows the file, and never the file.
 class Mapping {
  public:
   Mapping(int file, std::uint64_t offset, std::uint64_t size, const std::string& path);
@@ -108,7 +118,8 @@ class Mapping {
   const std::uint8_t* data_;
 };
 
-// The file. Any number of threads may call it at the same time.
+// The file. Any number of threads may call it at the same time. A process that was forked from the
+// one that opened it may map what is there, and nothing else: two would write to the same place.
 class Journal {
  public:
   // Opens or makes the file at `path`, takes its lock, visits what it holds, and cuts off what
@@ -120,30 +131,42 @@ class Journal {
   Journal& operator=(const Journal&) = delete;
 
   const Recovery& recovery() const { return recovery_; }
-  const std::string& name() const { return name_; }
+
+  // Whether this is the process that opened it.
+  bool owned() const;
+  // Throws InvalidInput where it is not.
+  void check_owned() const;
 
   // Appends a sealed entry and returns the offset of its payload. Once it returns, the entry
   // survives the process. A write that fails leaves the file as it was.
   std::uint64_t append(Entry& entry);
 
-  // Returns once everything appended before is on the disk, whatever then happens to the machine.
-  // Calls at the same time share a sync. After a sync that failed nothing is written any more:
-  // what the kernel could not write it does not try again.
+  // Returns once everything appended before is on the disk, whatever then happens to the machine,
+  // and marked so; where all of it was already, nothing is written. Calls at the same time share a
+  // sync. After a sync that failed nothing is written any more: what the kernel could not write it
+  // does not try again. A mark that cannot be written is written by the next commit.
   void commit();
 
-  // Commits and gives the lock up; what was appended can still be mapped.
+  // Commits and gives the lock up, also where the commit fails; nothing can be appended any more,
+  // and what was can still be mapped. A second call does nothing.
   void close();
 
   std::shared_ptr<const Mapping> map(std::uint64_t offset, std::uint64_t size) const;
+  // Whether a mapping shows the entry at `offset`, which lies in it. It does not where somebody
+  // wrote to the page before the entry came.
+  bool shows(const Mapping& mapping, std::uint64_t offset) const;
 
  private:
   void open(const std::string& path);
   void create();
   std::uint64_t write(Entry& entry);
+  int sync();
 
   std::string name_;
   bool named_;
+  pid_t owner_;
   int file_ = -1;
+  int folder_ = -1;  // until it is synced: after a power failure it may not know of a new file
   std::uint64_t id_ = 0;
   Recovery recovery_;
 
@@ -152,7 +175,9 @@ class Journal {
   std::uint64_t end_ = 0;       // where the next entry goes
   std::uint64_t appended_ = 0;  // end of the last entry that is no mark
   std::uint64_t durable_ = 0;   // what is before this is on the disk
+  std::uint64_t marked_ = 0;    // and what is before this has a mark that says so
   bool syncing_ = false;
+  bool closed_ = false;
   std::string broken_;  // why nothing can be written any more
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -116,28 +117,31 @@ std::shared_ptr<const Mapping> Windows::find(std::uint64_t offset, std::uint64_t
     return journal_.map(start, offset + size - start);
   }
   const std::uint64_t number = offset / kWindow;
-  auto found = kept_.find(number);
-  if (found == kept_.end()) {
-    auto mapping = journal_.map(number * kWindow, 2 * kWindow);
-    kept_bytes_ += mapping->size();
-    found = kept_.emplace(number, Kept{mapping, 0}).first;
-    found->second.used = ++uses_;
-    drop_oldest();
-    return mapping;
-  }
-  found->second.used = ++uses_;
-  return found->second.mapping;
+  const auto found = known_.find(number);
+  auto mapping = found == known_.end() ? nullptr : found->second.lock();
+  if (mapping == nullptr || !journal_.shows(*mapping, offset)) mapping = map(number);
+  keep(number, mapping);
+  return mapping;
 }
 
-void Windows::drop_oldest() {
+std::shared_ptr<const Mapping> Windows::map(std::uint64_t number) {
+  for (auto it = known_.begin(); it != known_.end();) {
+    it = it->second.expired() ? known_.erase(it) : std::next(it);
+  }
+  auto mapping = journal_.map(number * kWindow, 2 * kWindow);
+  known_[number] = mapping;
+  return mapping;
+}
+
+// Keeps it as the last one used, and drops the oldest of what is too much.
+void Windows::keep(std::uint64_t number, const std::shared_ptr<const Mapping>& mapping) {
+  Kept& kept = kept_[number];
+  if (kept.mapping == nullptr) kept_bytes_ += mapping->size();
+  kept = {mapping, ++uses_};
   while (kept_bytes_ > max_bytes_) {
-    auto oldest = kept_.end();
-    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-      // One that somebody holds would be there all the same.
-      if (it->second.mapping.use_count() > 1) continue;
-      if (oldest == kept_.end() || it->second.used < oldest->second.used) oldest = it;
-    }
-    if (oldest == kept_.end()) return;
+    const auto oldest = std::min_element(
+        kept_.begin(), kept_.end(),
+        [](const auto& a, const auto& b) { return a.second.used < b.second.used; });
     kept_bytes_ -= oldest->second.mapping->size();
     kept_.erase(oldest);
   }
@@ -215,6 +219,8 @@ void Store::check_open() const {
 // Appends an entry that is checked already and, before anything else is appended, has `publish`
 // enter it into the index.
 std::int64_t Store::write(Entry& entry, const std::function<std::int64_t(std::uint64_t)>& publish) {
+  // First of all: who forked may have held a lock that nobody gives back here.
+  journal_.check_owned();
   std::lock_guard appending(appending_);
   {
     std::lock_guard lock(mutex_);
@@ -246,6 +252,7 @@ std::int64_t Store::append_settings(const void* bytes, std::size_t size) {
 }
 
 std::int64_t Store::append(NewRollout rollout, Limit limit, const Poll& poll) {
+  journal_.check_owned();
   check_tokens(rollout.token_ids(), rollout.length_);
   rollout.entry_.seal();
   {
@@ -278,6 +285,7 @@ std::int64_t Store::append(NewRollout rollout, Limit limit, const Poll& poll) {
 }
 
 void Store::annotate(std::int64_t rollout, const void* bytes, std::size_t size) {
+  journal_.check_owned();
   {
     std::lock_guard lock(mutex_);
     index_.check_rollout(rollout);
@@ -290,6 +298,7 @@ void Store::annotate(std::int64_t rollout, const void* bytes, std::size_t size) 
 }
 
 std::vector<Rollout> Store::take(std::size_t count, Limit limit, const Poll& poll) {
+  journal_.check_owned();
   if (capacity_ != 0 && count > capacity_) {
     throw InvalidInput("n is " + std::to_string(count) + ": no more than " +
                        std::to_string(capacity_) + " rollouts ever wait (capacity)");
@@ -326,9 +335,10 @@ bool Store::wait(std::unique_lock<std::mutex>& lock, std::condition_variable& ch
   return true;
 }
 
-template <typename T>
+template <typename T, typename Header>
 Span<T> Store::span(const Index::Place& place) {
-  const auto mapping = windows_.find(place.offset, place.length * sizeof(T));
+  constexpr std::uint64_t before = kEntryHeader + sizeof(Header);
+  const auto mapping = windows_.find(place.offset - before, before + place.length * sizeof(T));
   return {mapping, reinterpret_cast<const T*>(mapping->at(place.offset)), place.length};
 }
 
@@ -336,7 +346,7 @@ Rollout Store::view(std::int64_t index) {
   const Index::RolloutPlace& place = element(index_.rollouts, index, "rollout");
   // Both arrays at once: they are one piece of the file.
   const std::uint64_t length = place.tokens.length;
-  const auto both = span<std::int32_t>({place.tokens.offset, 2 * length});
+  const auto both = span<std::int32_t, RolloutHeader>({place.tokens.offset, 2 * length});
   return {index,
           place.info,
           {both.mapping, both.data, length},
@@ -350,12 +360,12 @@ Rollout Store::rollout(std::int64_t index) {
 
 Span<std::int32_t> Store::prompt(std::int64_t index) {
   std::lock_guard lock(mutex_);
-  return span<std::int32_t>(element(index_.prompts, index, "prompt"));
+  return span<std::int32_t, ListHeader>(element(index_.prompts, index, "prompt"));
 }
 
 Span<std::uint8_t> Store::settings(std::int64_t index) {
   std::lock_guard lock(mutex_);
-  return span<std::uint8_t>(element(index_.settings, index, "settings"));
+  return span<std::uint8_t, ListHeader>(element(index_.settings, index, "settings"));
 }
 
 std::vector<Span<std::uint8_t>> Store::notes(std::int64_t rollout) {
@@ -364,7 +374,9 @@ std::vector<Span<std::uint8_t>> Store::notes(std::int64_t rollout) {
   std::vector<Span<std::uint8_t>> notes;
   const auto found = index_.notes.find(rollout);
   if (found == index_.notes.end()) return notes;
-  for (const Index::Place& place : found->second) notes.push_back(span<std::uint8_t>(place));
+  for (const Index::Place& place : found->second) {
+    notes.push_back(span<std::uint8_t, NoteHeader>(place));
+  }
   return notes;
 }
 
@@ -378,6 +390,7 @@ void Store::commit() {
 }
 
 void Store::close() {
+  if (!journal_.owned()) return;
   {
     std::lock_guard lock(mutex_);
     closed_ = true;

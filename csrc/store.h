@@ -32,7 +32,7 @@ enum class Finish : std::uint32_t { stop = 0, length = 1 };
 struct RolloutInfo {
   std::int64_t prompt;
   std::int64_t settings;
-  std::int64_t seed;
+  std::uint64_t seed;
   std::int64_t weight_version;
   Finish finish;
   std::uint32_t unused = 0;  // named, so that what is written has no bytes by chance
@@ -67,15 +67,16 @@ struct Rollout {
   Span<float> logprobs;
 };
 
-// Mappings of one file by windows of kWindow bytes. At most `max_bytes` of them are kept; those
-// that somebody holds live on. What is dropped is in the file, and mapped again when asked for.
+// Mappings of one file by windows of kWindow bytes. At most `max_bytes` of them are kept; beside
+// them there are those that somebody holds. What is dropped is in the file, and mapped again when
+// asked for.
 // Not for several threads at the same time.
 class Windows {
  public:
   static constexpr std::uint64_t kWindow = std::uint64_t{1} << 22;
 
   Windows(const Journal& journal, std::uint64_t max_bytes);
-  // A mapping that holds these bytes.
+  // A mapping that shows the entry at `offset`, of `size` bytes with its header.
   std::shared_ptr<const Mapping> find(std::uint64_t offset, std::uint64_t size);
 
  private:
@@ -83,11 +84,14 @@ class Windows {
     std::shared_ptr<const Mapping> mapping;
     std::uint64_t used;
   };
-  void drop_oldest();
+  std::shared_ptr<const Mapping> map(std::uint64_t number);
+  void keep(std::uint64_t number, const std::shared_ptr<const Mapping>& mapping);
 
   const Journal& journal_;
   std::uint64_t max_bytes_;
-  std::map<std::uint64_t, Kept> kept_;  // by number of the window
+  // By number of the window: all that there are, and of those what is kept.
+  std::map<std::uint64_t, std::weak_ptr<const Mapping>> known_;
+  std::map<std::uint64_t, Kept> kept_;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t uses_ = 0;
 };
@@ -116,7 +120,8 @@ class Index {
   std::unordered_map<std::int64_t, std::vector<Place>> notes;
 };
 
-// The store. Any number of threads may call it at the same time.
+// The store. Any number of threads may call it at the same time. In a process that was forked from
+// the one that opened it, what would write or take throws InvalidInput, and closing does nothing.
 class Store {
  public:
   // How long a call may wait; none means for ever.
@@ -162,7 +167,8 @@ class Store {
             const Poll& poll, Ready ready);
   void check_open() const;
   std::int64_t write(Entry& entry, const std::function<std::int64_t(std::uint64_t)>& publish);
-  template <typename T>
+  // Of a place behind a payload's header.
+  template <typename T, typename Header>
   Span<T> span(const Index::Place& place);
   Rollout view(std::int64_t index);
 

@@ -128,6 +128,9 @@ class CorruptJournal(ValueError):
     """A file that cannot be the journal of an :class:`EpisodeStore`: something else, another
     version, or damaged before its last commit. The message names file and offset."""
 
+class NotAJournal(CorruptJournal):
+    """A file of something else: it does not even begin as a journal."""
+
 class Recovery:
     """What opening a journal found.
 
@@ -137,13 +140,19 @@ class Recovery:
         reason: why, with the offset; None where nothing was dropped.
     """
 
-    end: int
-    dropped: int
-    reason: str | None
+    @property
+    def end(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
 
 class StoredRollout:
     """A rollout in an :class:`EpisodeStore`; its arrays are read-only views of the file, without a
-    copy, and live on for as long as anyone holds them.
+    copy, and live on for as long as anyone holds them. ``torch.from_dlpack`` takes them as they
+    lie; what is written to such a tensor stays in this process, where other views of the rollout
+    may show it, and never reaches the file. A file that somebody else cuts short ends the process
+    that reads a view of what was cut off (SIGBUS).
 
     Attributes:
         index: its number in the store, from 0.
@@ -152,12 +161,18 @@ class StoredRollout:
         logprobs: float32 [L].
     """
 
-    index: int
-    prompt: int
-    settings: int
-    seed: int
-    weight_version: int
-    finish_reason: Literal["stop", "length"]
+    @property
+    def index(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def settings(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def weight_version(self) -> int: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]: ...
     @property
     def token_ids(self) -> NDArray[np.int32]: ...
     @property
@@ -168,11 +183,15 @@ class EpisodeStore:
 
     Any number of threads may use it at the same time. What a method appended survives the death of
     the process; after :meth:`commit` it survives that of the machine.
+
+    A process that was forked from the one that opened it may hold and make views, unless a thread
+    was using the store when it was forked. What writes, commits or takes is a ValueError there, and
+    :meth:`close` does nothing.
     """
 
     def __init__(
         self,
-        path: str | PathLike[str] | None = None,
+        path: str | bytes | PathLike[str] | PathLike[bytes] | None = None,
         *,
         max_bytes: int = 2**28,
         capacity: int | None = None,
@@ -180,15 +199,16 @@ class EpisodeStore:
         """Open the journal, or begin one. All rollouts that it holds are to be taken (again).
 
         Args:
-            path: of the file; None: a file without a name in TMPDIR, which goes with the store.
-            max_bytes: of the file that stay mapped into memory without anybody holding them; the
-                rest is mapped again when it is asked for. Beside it the store keeps about 64 bytes
-                for each rollout.
+            path: of the file, as ``open`` takes it; None: a file without a name in TMPDIR, which
+                goes with the store.
+            max_bytes: most of the file that stays mapped into memory without anybody holding it,
+                in pieces of 8 MiB; the rest is mapped again when it is asked for. Beside it the
+                store keeps about 64 bytes for each rollout.
             capacity: rollouts that may wait to be taken before :meth:`append` waits; None: any
                 number.
 
         Raises:
-            CorruptJournal: see there; the file is left as it is.
+            CorruptJournal, NotAJournal: see there; the file is left as it is.
             OSError: the file cannot be opened, read or written, or another store has it open
                 (BlockingIOError).
         """
@@ -226,6 +246,7 @@ class EpisodeStore:
         Args:
             prompt, settings: their numbers.
             token_ids, logprobs: [L], a list, a tuple or an array each.
+            seed: from 0 to 2^64 - 1.
             timeout: seconds to wait where ``capacity`` rollouts are there to be taken; None: for
                 ever. Ctrl-C ends a wait.
 
@@ -273,15 +294,23 @@ class EpisodeStore:
         """What was added to a rollout, oldest first."""
 
     def commit(self) -> None:
-        """Return once everything appended is on the disk. Calls at the same time share a sync.
+        """Return once everything appended is on the disk. Calls at the same time share a sync;
+        where nothing is new, nothing is written.
 
         Raises:
-            OSError: the disk failed; the store takes nothing any more.
+            OSError: the disk failed, and the store takes nothing any more; or it is full, and the
+                next commit finishes what this one began.
         """
 
     def close(self) -> None:
-        """Commit, end all waits, and let others open the file. Nothing can be appended any more;
-        what is there can still be taken and read."""
+        """Commit, end all waits, and let others open the file, also where the commit fails.
+
+        Nothing can be appended any more; what is there can still be taken and read. A second call
+        does nothing.
+
+        Raises:
+            OSError: see :meth:`commit`.
+        """
 
     def __enter__(self) -> EpisodeStore: ...
     def __exit__(

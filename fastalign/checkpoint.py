@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fastalign.config import Config, ConfigError, dump_config, parse_config
 from fastalign.data import Example, Stream
+from fastalign.episodes import forget_journals
 from fastalign.model import POLICY, TrainedModel
 
 PREFIX = "checkpoint-"
@@ -84,7 +85,7 @@ def save_checkpoint(
                     os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        _forget_old(Path(config.output_dir), config.save_total_limit)
+        forget_old(config)
     dist.barrier()
     return final
 
@@ -135,7 +136,7 @@ def load_checkpoint(model: TrainedModel, config: Config, path: Path) -> tuple[Po
     _load_state(model, path)
     # Written by us, by this program, in this run's own folder: tensors and plain values only.
     _restore_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True))
-    position = Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
+    position = _position(path)
     if position.references:
         model.load_reference(load_file(path / REFERENCE_FILE))
     return position, _load_pending(path)
@@ -221,9 +222,16 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     return name, old, new
 
 
-def _forget_old(output_dir: Path, keep: int) -> None:
-    for old in checkpoints(output_dir)[:-keep]:
+def forget_old(config: Config) -> None:
+    """Keep the last checkpoints, and the rollouts of the rounds that go on from one of them."""
+    found = checkpoints(Path(config.output_dir))
+    for old in found[: -config.save_total_limit]:
         shutil.rmtree(old)
+    forget_journals(config.output_dir, _position(found[-config.save_total_limit :][0]).round)
+
+
+def _position(path: Path) -> Position:
+    return Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
 
 
 def _random_state() -> dict[str, Any]:

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fastalign._bridge import EpisodeStore
+from fastalign._bridge import EpisodeStore, NotAJournal
+from fastalign.config import ConfigError
 from fastalign.rollout.engine import Rollout
 
+LOG = "episodes"
+"""Folder in output_dir: what each round sampled, for people, and the journals of its calls."""
 FAULTS = ("empty", "unchanged")
 NO_JUDGMENT = "no judgment"
 """Begins the ``noise`` of an answer that its judge said nothing about."""
@@ -217,6 +220,18 @@ def sampling_seed(seed: int, round_index: int, prompt: int, sample: int) -> int:
     return int(state[0] >> 1)
 
 
+def journal_path(output_dir: str, round_index: int, rank: int) -> Path:
+    """The journal of the engine call that a rank makes in a round."""
+    return Path(output_dir, LOG, f"{round_index:04d}-{rank}.journal")
+
+
+def forget_journals(output_dir: str, first: int) -> None:
+    """Remove all ranks' journals of the rounds before round ``first``."""
+    for path in Path(output_dir, LOG).glob("*-*.journal"):
+        if int(path.name.partition("-")[0]) < first:
+            path.unlink()
+
+
 def sample_once(
     path: Path,
     call: Mapping[str, Any],
@@ -235,6 +250,9 @@ def sample_once(
 
     Returns:
         Rollouts whose arrays are views of the journal.
+
+    Raises:
+        ConfigError: the file is none of ours.
     """
     settings = json.dumps(call, sort_keys=True).encode()
     if path.exists():
@@ -243,6 +261,8 @@ def sample_once(
                 _check_call(store, settings, prompts, seeds)
                 say(f"{path}: {len(store)} rollouts were sampled before, and are used")
                 return _rollouts(store)
+        except NotAJournal as error:
+            raise ConfigError(f"{error}; rollouts are to be kept there: move it away") from None
         except ValueError as error:
             say(f"{path}: {error}; they are sampled anew")
             path.unlink()

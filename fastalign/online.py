@@ -21,9 +21,11 @@ from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
 from fastalign.endpoint import Endpoint, JudgeError
 from fastalign.episodes import (
+    LOG,
     Episode,
     Verdict,
     drift,
+    journal_path,
     rollout_metrics,
     sample_once,
     sampling_seed,
@@ -36,8 +38,6 @@ from fastalign.run import Run
 from fastalign.templates import Renderer
 
 SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
-LOG = "episodes"
-"""Folder in output_dir: what each round sampled, for people, and the journals of its calls."""
 FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
@@ -134,7 +134,7 @@ def draw(
         n = run.config.online.num_generations
         assert run.engine is not None
         with _prefix_cached(timings, "rollout/prefix_cached", run.engine):
-            journal = Path(run.config.output_dir, LOG, f"{round_index:04d}-{run.rank}.journal")
+            journal = journal_path(run.config.output_dir, round_index, run.rank)
             episodes = sample(run, mine, round_index, n, run.method.rollout_prompt, journal)
     return episodes, timings
 

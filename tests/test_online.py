@@ -24,7 +24,7 @@ from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config, parse_config
 from fastalign.endpoint import JudgeError
-from fastalign.episodes import Episode
+from fastalign.episodes import Episode, journal_path
 from fastalign.methods import make_method
 from fastalign.model import load_tokenizer
 from fastalign.rollout import choose_judge_engine
@@ -287,9 +287,39 @@ def test_a_run_that_is_killed_uses_what_it_sampled(rule, sharp_llama, tmp_path):
     assert [run.returncode for run in runs] == [-signal.SIGKILL, -signal.SIGKILL, 0], runs
     used = [re.findall(r"(\d+)-0.journal: 10 rollouts were sampled before", r.stderr) for r in runs]
     assert used == [[], ["0000"], ["0001"]]
+    # The checkpoints that are left go on in the second round.
+    assert [path.name for path in Path(config.output_dir, "episodes").glob("*.journal")] == [
+        "0001-0.journal"
+    ]
     assert same(result(config), result(whole))
     for ours, theirs in zip(rounds(config), rounds(whole), strict=True):
         assert [(e.texts, e.judgments) for e in ours] == [(e.texts, e.judgments) for e in theirs]
+
+
+def test_journals_are_kept_for_the_checkpoints_that_go_on_from_them(tmp_path):
+    config = parse_config(
+        {"method": "cut", "model_name_or_path": "m", "output_dir": str(tmp_path)}
+        | {"datasets": [{"path": "x.jsonl"}], "save_total_limit": 2}
+    )
+    for i in range(4):
+        journal_path(config.output_dir, i, 0).parent.mkdir(exist_ok=True)
+        journal_path(config.output_dir, i, 0).touch()
+
+    def left_after(step: int, round_index: int) -> list[str]:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        position = vars(checkpoint.Position(step=step, round=round_index))
+        (folder / "position.json").write_text(json.dumps(position))
+        checkpoint.forget_old(config)
+        return sorted(path.name[:4] for path in (tmp_path / "episodes").iterdir())
+
+    assert left_after(9, 1) == ["0001", "0002", "0003"]
+    assert left_after(10, 3) == ["0001", "0002", "0003"]
+    assert left_after(11, 3) == ["0003"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "checkpoint-10",
+        "checkpoint-11",
+    ]
 
 
 def test_what_another_base_sampled_is_not_used(rule, sharp_llama, other_llama, tmp_path, capfd):

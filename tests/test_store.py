@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import re
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,19 +23,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from fastalign._bridge import CorruptJournal, EpisodeStore, StoredRollout
-from fastalign.episodes import sample_once
+from fastalign._bridge import CorruptJournal, EpisodeStore, NotAJournal, StoredRollout
+from fastalign.config import ConfigError
+from fastalign.episodes import forget_journals, journal_path, sample_once
 from fastalign.rollout.engine import Rollout
 
 HOW = {"finish_reason": "stop", "seed": 0, "weight_version": 0}
 WINDOW = 1 << 22  # bytes, in csrc/store.h
 
 
-def prepared(path: Path | None = None, **options: Any) -> EpisodeStore:
+def prepared(path: Path | bytes | None = None, **options: Any) -> EpisodeStore:
     """A store with a prompt and settings, both number 0."""
     store = EpisodeStore(path, **options)
     store.append_prompt([1, 2, 3])
@@ -65,13 +69,13 @@ def test_takes_lists_and_arrays_bit_for_bit(kind, token_dtype, logprob_dtype):
         kind(ids) if token_dtype is None else kind(ids, dtype=token_dtype),
         kind(logprobs) if logprob_dtype is None else kind(logprobs, dtype=logprob_dtype),
         finish_reason="length",
-        seed=-(2**63),
+        seed=2**64 - 1,
         weight_version=2**63 - 1,
     )
     (found,) = store
     assert found.token_ids.dtype == np.int32 and found.logprobs.dtype == np.float32
     expected = np.array(ids, np.int32).tobytes(), np.array(logprobs, np.float32).tobytes()
-    assert plain(found) == (0, 0, 0, -(2**63), 2**63 - 1, "length", *expected)
+    assert plain(found) == (0, 0, 0, 2**64 - 1, 2**63 - 1, "length", *expected)
 
 
 class ShrinksItsList:
@@ -121,6 +125,14 @@ def test_names_what_is_wrong(arguments, error, message):
         (lambda s: s.append(0, -1, [], [], **HOW), ValueError, "settings -1 is not .* has 1"),
         (lambda s: s.append(0, 0, [], [], **HOW | {"finish_reason": "abort"}), ValueError,
          "finish_reason must be 'stop' or 'length', got 'abort'"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": 2**64}), ValueError,
+         "seed is 18446744073709551616; it must be from 0 to 18446744073709551615"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": -1}), ValueError, "seed is -1; .*"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"seed": 0.5}), TypeError,
+         "seed must be an int, got a float"),
+        (lambda s: s.append(0, 0, [], [], **HOW | {"weight_version": 2**63}), ValueError,
+         "weight_version is 9223372036854775808; it must be from -9223372036854775808 to 9.*7"),
+        (lambda s: s.append(2**63, 0, [], [], **HOW), ValueError, "prompt is 92.*08; it must .*"),
         (lambda s: s.append(0, 0, [], [], timeout=-1.0, **HOW), ValueError, "timeout must be .*"),
         (lambda s: s.annotate(0, b""), ValueError, "rollout 0 is not in the store, which has 0"),
         (lambda s: s[0], IndexError, "rollout 0 is not in the store, which has 0"),
@@ -134,6 +146,8 @@ def test_names_what_is_wrong(arguments, error, message):
         (lambda s: EpisodeStore(max_bytes=-1), ValueError, "max_bytes must be at least 0, got -1"),
         (lambda s: EpisodeStore(capacity=0), ValueError, "capacity must be .* at least 1, got 0"),
         (lambda s: EpisodeStore(""), ValueError, "path is empty"),
+        (lambda s: EpisodeStore("a\0b"), ValueError, "embedded null byte"),
+        (lambda s: EpisodeStore(3), TypeError, "expected str, bytes or .*, not int"),
         (lambda s: EpisodeStore("/nowhere/x"), FileNotFoundError, ".*/nowhere/x cannot be .*"),
         (lambda s: EpisodeStore("/tmp"), IsADirectoryError, ".*/tmp cannot be opened: Is a .*"),
     ],
@@ -156,6 +170,26 @@ def test_views_are_read_only_and_share_the_file():
             array[0] = 1
         with pytest.raises(ValueError, match="WRITEABLE"):
             array.flags.writeable = True
+
+
+@pytest.mark.parametrize("tensor_of", [torch.from_dlpack, torch.from_numpy])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_torch_shares_the_views_and_writes_to_no_file(tmp_path, tensor_of):
+    store = prepared(tmp_path / "j")
+    store.append(0, 0, [4, 5], [-1.0, -2.0], **HOW)
+    before = (tmp_path / "j").read_bytes()
+    rollout = store[0]
+    ids, logprobs = tensor_of(rollout.token_ids), tensor_of(rollout.logprobs)
+    assert ids.data_ptr() == rollout.token_ids.ctypes.data and ids.dtype == torch.int32
+    assert logprobs.data_ptr() == rollout.logprobs.ctypes.data
+    ids += 1
+    logprobs.zero_()
+    assert ids.tolist() == [5, 6] and (tmp_path / "j").read_bytes() == before
+    # Beside it, on the same page.
+    store.append(0, 0, [8, 9], [-3.0, -4.0], **HOW)
+    assert store[1].token_ids.tolist() == [8, 9] and store[1].logprobs.tolist() == [-3, -4]
+    store.close()
+    assert EpisodeStore(tmp_path / "j")[0].token_ids.tolist() == [4, 5]
 
 
 def test_views_outlive_the_store():
@@ -187,9 +221,26 @@ def test_memory_is_bounded_whatever_the_file_holds(tmp_path):
     held = store[5].token_ids
     for i in range(64):
         assert (store[i].token_ids == i).all() and (store[i].logprobs == -i).all()
-        # One window of two may be held beyond the limit.
+        # Each mapping is two windows long; one is held.
         assert mapped(tmp_path / "j") <= 4 * WINDOW + 2 * WINDOW
     assert (held == 5).all()
+    everything = [store[i].token_ids for i in range(64)]
+    assert mapped(tmp_path / "j") > 16 * WINDOW
+    assert all((ids == i).all() for i, ids in enumerate(everything))
+    del everything, held
+    assert 0 < mapped(tmp_path / "j") <= 4 * WINDOW
+
+
+def test_nothing_stays_mapped_where_nothing_may(tmp_path):
+    store = prepared(tmp_path / "j", max_bytes=2 * WINDOW - 1)
+    store.append(0, 0, [4, 5], [-1.0, -2.0], **HOW)
+    held, also = store[0], store.prompt(0)
+    ids = held.token_ids
+    assert mapped(tmp_path / "j") == 2 * WINDOW
+    del held, also
+    assert mapped(tmp_path / "j") == 2 * WINDOW and ids.tolist() == [4, 5]
+    del ids
+    assert mapped(tmp_path / "j") == 0
 
 
 # -------------------------------------------------------------------------- the same as a model
@@ -212,6 +263,7 @@ class Model:
 
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=40)
 int64s = st.integers(-(2**63), 2**63 - 1)
+seeds = st.integers(0, 2**64 - 1)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -240,7 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.wrote("settings", value)
 
     @precondition(lambda self: self.model.of("prompt") and self.model.of("settings"))
-    @rule(data=st.data(), ids=token_ids, seed=int64s, version=int64s, reason=st.booleans())
+    @rule(data=st.data(), ids=token_ids, seed=seeds, version=int64s, reason=st.booleans())
     def append(self, data, ids, seed, version, reason):
         prompt = data.draw(st.integers(0, len(self.model.of("prompt")) - 1))
         how = data.draw(st.integers(0, len(self.model.of("settings")) - 1))
@@ -314,20 +366,17 @@ TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=25, de
 
 
 def content(index: int) -> tuple[np.ndarray, np.ndarray, bytes]:
-    """Of the rollout with this number; some are so long that a kill can tear them."""
+    """Of the rollout with this number."""
     rng = np.random.default_rng(index)
-    length = int(rng.integers(0, 300)) if index % 30 != 20 else int(rng.integers(2e5, 4e5))
+    length = int(rng.integers(0, 300))
     ids = rng.integers(0, 2**31, length, dtype=np.int32)
     return ids, rng.standard_normal(length, dtype=np.float32), b"note" * int(rng.integers(0, 9))
 
 
 def write_for_ever(path: Path, acknowledge: int) -> None:
     """Append to a journal and say over a pipe how many rollouts a commit has covered."""
-    store = EpisodeStore(path)
-    if len(store) == 0:
-        store.append_prompt([1])
-        store.append_settings(b"{}")
-    for index in range(len(store), 1 << 20):
+    store = prepared(path)
+    for index in range(1 << 20):
         ids, logprobs, note = content(index)
         store.append(0, 0, ids, logprobs, **HOW | {"seed": index})
         store.annotate(index, note)
@@ -336,37 +385,30 @@ def write_for_ever(path: Path, acknowledge: int) -> None:
             os.write(acknowledge, (index + 1).to_bytes(4, "little"))
 
 
-def acknowledged_by_a_child_that_dies(
-    path: Path, *, after: float | None = None, at_byte: int | None = None
-) -> int:
-    """How many rollouts a child acknowledged before SIGKILL came ``after`` seconds, or before the
-    kernel killed it in the middle of a write, with ``at_byte`` bytes of the file written."""
+def acknowledged_by_a_child_that_dies(path: Path, at_byte: int) -> int:
+    """How many rollouts a child acknowledged before the kernel killed it in the middle of a write,
+    with ``at_byte`` bytes of the file written."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            if at_byte is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (at_byte, at_byte))
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (at_byte, at_byte))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             write_for_ever(path, write)
         finally:
             os._exit(1)
     os.close(write)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    wanted = signal.SIGKILL if after is not None else signal.SIGXFSZ
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == wanted, status
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXFSZ, status
     with os.fdopen(read, "rb") as pipe:
         said = pipe.read()
     return int.from_bytes(said[-4:], "little")
 
 
-def check_content(store: EpisodeStore, first: int = 0) -> None:
+def check_content(store: EpisodeStore) -> None:
     """All but the last rollout have the note that was written right after them."""
-    for index in range(first, len(store)):
+    for index in range(len(store)):
         ids, logprobs, note = content(index)
         found = store[index]
         assert found.seed == index
@@ -375,35 +417,13 @@ def check_content(store: EpisodeStore, first: int = 0) -> None:
         assert store.notes(index) == [note] or (index == len(store) - 1 and not store.notes(index))
 
 
-def test_nothing_acknowledged_is_lost_when_the_writer_is_killed(tmp_path):
-    """At random moments, the next writer going on in the same file."""
-    rng = random.Random(0)
-    for journal in range(6):
-        path = tmp_path / str(journal)
-        acknowledged = checked = 0
-        for _ in range(8):
-            seconds = rng.uniform(0.002, 0.06)
-            said = acknowledged_by_a_child_that_dies(path, after=seconds)
-            acknowledged = max(acknowledged, said)
-            with EpisodeStore(path) as store:
-                assert len(store) >= acknowledged
-                check_content(store, checked)
-                if len(store) and not store.notes(len(store) - 1):
-                    # The next child goes on with the next rollout.
-                    store.annotate(len(store) - 1, content(len(store) - 1)[2])
-                checked = len(store)
-        with EpisodeStore(path) as store:
-            check_content(store)
-        assert acknowledged > 0
-
-
 def test_nothing_acknowledged_is_lost_when_the_writer_dies_at_any_byte(tmp_path):
     rng = random.Random(1)
     acknowledged = 0
     for trial in range(200):
         path = tmp_path / str(trial)
         at_byte = rng.randrange(24_000)
-        said = acknowledged_by_a_child_that_dies(path, at_byte=at_byte)
+        said = acknowledged_by_a_child_that_dies(path, at_byte)
         acknowledged += said
         assert path.stat().st_size == at_byte
         store = EpisodeStore(path)
@@ -436,9 +456,25 @@ def test_damage_before_a_commit_is_found_and_left_alone(tmp_path):
 def test_a_file_of_something_else_is_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("dear diary")
-    with pytest.raises(CorruptJournal, match=rf"^{path} is no journal: it does not begin as one$"):
+    with pytest.raises(NotAJournal, match=rf"^{path} is no journal: it does not begin as one$"):
         EpisodeStore(path)
     assert path.read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "über 🙂".encode(), b"\xff\xfe"])
+def test_paths_are_whatever_the_file_system_takes(tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    with prepared(path) as store:
+        with pytest.raises(BlockingIOError, match="is open already") as caught:
+            EpisodeStore(os.fsdecode(path))
+        assert os.fsencode(str(caught.value.strerror)).startswith(path + b" is open")
+        assert store.prompt(0).tolist() == [1, 2, 3]
+    for same in (path, os.fsdecode(path), Path(os.fsdecode(path))):
+        assert EpisodeStore(same).prompt(0).tolist() == [1, 2, 3]
+    Path(os.fsdecode(path)).write_text("dear diary")
+    with pytest.raises(CorruptJournal, match="is no journal") as found:
+        EpisodeStore(path)
+    assert os.fsencode(str(found.value)).startswith(path + b" is no")
 
 
 def test_an_open_journal_is_opened_by_nobody_else(tmp_path):
@@ -464,6 +500,94 @@ def test_a_full_disk_loses_nothing_before_it(tmp_path):
     assert [r.token_ids.tolist() for r in store] == [[1], [2]]
     store.close()
     assert EpisodeStore(path).recovery.reason is None
+
+
+def test_close_lets_go_of_the_file_when_it_cannot_be_marked(tmp_path):
+    path = tmp_path / "j"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="cannot be written: File too large"), prepared(path) as s:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with EpisodeStore(path) as again:
+        assert again.prompt(0).tolist() == s.prompt(0).tolist() == [1, 2, 3]
+    s.close()
+
+
+def test_judgments_and_scores_come_when_they_come(tmp_path):
+    """While others append and take, and they are the rollout's for good."""
+    store = prepared(tmp_path / "j")
+    for _ in range(3):
+        store.append(0, 0, [1], [0.0], **HOW)
+    (first, second) = store.take(2)
+    store.annotate(second.index, json.dumps({"score": 0.75}).encode())
+    store.append(0, 0, [2], [0.0], **HOW)
+    store.annotate(first.index, b"Zu kurz.")
+    store.annotate(second.index, b"\0")
+    expected = [[b"Zu kurz."], [b'{"score": 0.75}', b"\0"], [], []]
+    assert [store.notes(rollout.index) for rollout in store] == expected
+    store.close()
+    again = EpisodeStore(tmp_path / "j")
+    assert [again.notes(rollout.index) for rollout in again] == expected
+
+
+# ------------------------------------------------------------------------------------- forked
+
+
+def in_a_child(work: Callable[[], None]) -> None:
+    """Run in a forked process; what it raises fails here, and so does one that hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0
+            return
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the child hangs")
+
+
+def test_a_forked_child_reads_and_never_writes(tmp_path):
+    path = tmp_path / "j"
+    store = prepared(path)
+    store.append(0, 0, [1, 2], [0.0, -1.0], **HOW)
+    held = store[0].token_ids
+
+    def child() -> None:
+        for write in (
+            lambda: store.append_prompt([1]),
+            lambda: store.append_settings(b""),
+            lambda: store.append(0, 0, [1], [0.0], **HOW),
+            lambda: store.annotate(0, b"note"),
+            lambda: store.take(1),
+            lambda: store.commit(),
+        ):
+            with pytest.raises(ValueError, match=f"^the store is open in process {os.getppid()}, "):
+                write()
+        store.close()
+        assert held.tolist() == store[0].token_ids.tolist() == [1, 2]
+        assert store.prompt(0).tolist() == [1, 2, 3] and store.settings(0) == b"{}"
+
+    before = path.read_bytes()
+    in_a_child(child)
+    assert path.read_bytes() == before
+    # The lock is there yet.
+    with pytest.raises(BlockingIOError, match="is open already"):
+        EpisodeStore(path)
+    store.append(0, 0, [3], [-2.0], **HOW)
+    store.close()
+    assert [r.token_ids.tolist() for r in EpisodeStore(path)] == [[1, 2], [3]]
 
 
 # -------------------------------------------------------------------------- waiting and taking
@@ -637,6 +761,35 @@ def test_a_call_that_was_cut_short_or_damaged_is_sampled_anew(tmp_path):
     sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
     assert re.search(r"is damaged: entry at byte \d+, .*; they are sampled anew$", said[-1])
     sample_once(path, {}, PROMPTS, SEEDS, sampled_again, said.append)
+
+
+def test_a_file_of_something_else_is_not_sampled_over(tmp_path):
+    path = tmp_path / "0000-0.journal"
+    path.write_text("dear diary")
+    with pytest.raises(ConfigError, match=rf"^{path} is no journal: .*: move it away$"):
+        sample_once(path, {}, PROMPTS, SEEDS, sampled_again, print)
+    assert path.read_text() == "dear diary"
+
+
+def test_journals_of_another_version_are_sampled_anew(tmp_path):
+    path, said = tmp_path / "j", []
+    sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)
+    data = bytearray(path.read_bytes())
+    data[8] += 1
+    path.write_bytes(data)
+    assert bits(sample_once(path, {}, PROMPTS, SEEDS, answers, said.append)) == bits(answers())
+    assert re.search(r"is a journal of version 2; .*; they are sampled anew$", said[-1])
+
+
+def test_journals_of_earlier_rounds_are_forgotten(tmp_path):
+    paths = [journal_path(str(tmp_path), i, rank) for i in (0, 3, 12, 10_000) for rank in (0, 11)]
+    others = [paths[0].with_name(name) for name in ("0000.jsonl", "judge-replies.jsonl")]
+    paths[0].parent.mkdir()
+    for path in paths + others:
+        path.touch()
+    forget_journals(str(tmp_path), 12)
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths[4:] + others)
+    forget_journals(str(tmp_path / "nowhere"), 12)
 
 
 def test_a_thread_that_waits_does_not_spoil_the_end_of_the_process():

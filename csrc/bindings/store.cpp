@@ -3,14 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pybind11/stl/filesystem.h>
 
 #include <cstdint>
 #include <cstring>
-#include <filesystem>
 #include <limits>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../invalid_input.h"
@@ -112,8 +111,10 @@ void copy_logprobs(const Numbers& from, float* to, std::size_t size) {
 // store, and numpy does not let the array be made writable.
 template <typename T>
 py::array_t<T> view(const Span<T>& span) {
-  auto array = py::array_t<T>(static_cast<py::ssize_t>(span.size), span.data,
-                              py::cast(std::const_pointer_cast<Mapping>(span.mapping)));
+  using Holder = std::shared_ptr<const Mapping>;
+  const py::capsule base(new Holder(span.mapping),
+                         [](void* holder) { delete static_cast<Holder*>(holder); });
+  auto array = py::array_t<T>(static_cast<py::ssize_t>(span.size), span.data, base);
   py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
   return array;
 }
@@ -151,19 +152,53 @@ const char* name_of(Finish finish) {
   return finish == Finish::stop ? "stop" : "length";
 }
 
-std::unique_ptr<Store> open_store(const std::optional<std::filesystem::path>& path,
-                                  std::int64_t max_bytes, std::optional<std::int64_t> capacity) {
+// As os.fsencode: str, bytes or a path object; names that are no UTF-8 come as surrogates.
+std::string path_of(const py::object& object) {
+  PyObject* encoded = nullptr;
+  if (PyUnicode_FSConverter(object.ptr(), &encoded) == 0) throw py::error_already_set();
+  std::string path = py::reinterpret_steal<py::bytes>(encoded);
+  if (path.empty()) throw InvalidInput("path is empty");
+  return path;
+}
+
+// A message that names a path, as os.fsdecode.
+py::str message_of(const std::exception& error) {
+  return py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.what()));
+}
+
+std::unique_ptr<Store> open_store(const py::object& path, std::int64_t max_bytes,
+                                  std::optional<std::int64_t> capacity) {
   if (max_bytes < 0) {
     throw InvalidInput("max_bytes must be at least 0, got " + std::to_string(max_bytes));
   }
   if (capacity && *capacity < 1) {
     throw InvalidInput("capacity must be None or at least 1, got " + std::to_string(*capacity));
   }
-  if (path && path->empty()) throw InvalidInput("path is empty");
-  const std::string name = path ? path->string() : "";
+  const std::string name = path.is_none() ? "" : path_of(path);
   py::gil_scoped_release release;
   return std::make_unique<Store>(name, static_cast<std::uint64_t>(max_bytes),
                                  static_cast<std::size_t>(capacity.value_or(0)));
+}
+
+// An argument that must be an integer of type T; pybind11's own message has many lines.
+template <typename T>
+T integer(const py::object& object, const char* name) {
+  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object.ptr()));
+  if (!index) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + " must be an int, got a " + type_name(object));
+  }
+  T value;
+  if constexpr (std::is_signed_v<T>) {
+    value = PyLong_AsLongLong(index.ptr());
+  } else {
+    value = PyLong_AsUnsignedLongLong(index.ptr());
+  }
+  if (value != static_cast<T>(-1) || PyErr_Occurred() == nullptr) return value;
+  PyErr_Clear();
+  throw InvalidInput(std::string(name) + " is " + std::string(py::str(index)) +
+                     "; it must be from " + std::to_string(std::numeric_limits<T>::min()) + " to " +
+                     std::to_string(std::numeric_limits<T>::max()));
 }
 
 std::int64_t append_prompt(Store& store, const py::object& token_ids) {
@@ -174,10 +209,10 @@ std::int64_t append_prompt(Store& store, const py::object& token_ids) {
   return store.append_prompt(copied.data(), copied.size());
 }
 
-std::int64_t append(Store& store, std::int64_t prompt, std::int64_t settings,
+std::int64_t append(Store& store, const py::object& prompt, const py::object& settings,
                     const py::object& token_ids, const py::object& logprobs,
-                    const std::string& finish_reason, std::int64_t seed,
-                    std::int64_t weight_version, const std::optional<double>& timeout) {
+                    const std::string& finish_reason, const py::object& seed,
+                    const py::object& weight_version, const std::optional<double>& timeout) {
   const Numbers ids = numbers<std::int32_t, std::int64_t>(token_ids, "token_ids", "int32 or int64");
   const Numbers probs = numbers<float, double>(logprobs, "logprobs", "float32 or float64");
   const std::size_t length = ids.size();
@@ -186,7 +221,11 @@ std::int64_t append(Store& store, std::int64_t prompt, std::int64_t settings,
                        " entries but token_ids has " + std::to_string(length) + " tokens");
   }
   const Store::Limit limit = limit_of(timeout);
-  NewRollout rollout({prompt, settings, seed, weight_version, finish_of(finish_reason)}, length);
+  const RolloutInfo info{
+      integer<std::int64_t>(prompt, "prompt"), integer<std::int64_t>(settings, "settings"),
+      integer<std::uint64_t>(seed, "seed"), integer<std::int64_t>(weight_version, "weight_version"),
+      finish_of(finish_reason)};
+  NewRollout rollout(info, length);
   copy_tokens(ids, rollout.token_ids(), length);
   copy_logprobs(probs, rollout.logprobs(), length);
   const Store::Poll poll = check_signals();
@@ -213,20 +252,26 @@ py::object recovery_reason(const Recovery& recovery) {
 }  // namespace
 
 void bind_store(py::module_& m) {
-  py::register_exception<CorruptJournal>(m, "CorruptJournal", PyExc_ValueError);
+  // They live as long as the process does, as the translator that uses them.
+  static PyObject* const corrupt =
+      py::exception<CorruptJournal>(m, "CorruptJournal", PyExc_ValueError).release().ptr();
+  static PyObject* const foreign =
+      py::exception<NotAJournal>(m, "NotAJournal", corrupt).release().ptr();
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
+    } catch (const NotAJournal& other) {
+      PyErr_SetObject(foreign, message_of(other).ptr());
+    } catch (const CorruptJournal& damaged) {
+      PyErr_SetObject(corrupt, message_of(damaged).ptr());
     } catch (const TimedOut& timed_out) {
       py::set_error(PyExc_TimeoutError, timed_out.what());
     } catch (const IoError& failed) {
       // Two arguments make Python choose the subclass, FileNotFoundError and so on.
-      const auto arguments = py::make_tuple(failed.code, failed.what());
+      const auto arguments = py::make_tuple(failed.code, message_of(failed));
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
     }
   });
-
-  py::class_<Mapping, std::shared_ptr<Mapping>>(m, "Mapping", "A part of a file; base of views.");
 
   py::class_<Recovery>(m, "Recovery", "What opening a journal found.")
       .def_readonly("end", &Recovery::end)

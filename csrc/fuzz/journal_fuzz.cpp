@@ -92,7 +92,8 @@ Read read(const Bytes& file) {
   const Recovery& found = read.recovery;
   MUST(found.end + found.dropped == file.size() && found.committed <= found.end);
   MUST(found.reason.empty() == (found.dropped == 0));
-  MUST(read.entries == 0 || end <= found.end);
+  MUST(end <= found.end || found.end == 0);
+  MUST(found.appended == (found.end == 0 ? 0 : end));
   return read;
 }
 

@@ -25,7 +25,7 @@ Bytes journal_of(const std::string& path, int rollouts, bool committed) {
       store.append_settings("{}", 2);
     }
     for (int i = 0; i < rollouts; ++i) {
-      NewRollout rollout({0, 0, i, 1, Finish::stop}, 3);
+      NewRollout rollout({0, 0, static_cast<std::uint64_t>(i), 1, Finish::stop}, 3);
       for (int t = 0; t < 3; ++t) {
         rollout.token_ids()[t] = t;
         rollout.logprobs()[t] = -1;

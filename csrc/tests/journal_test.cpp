@@ -1,7 +1,12 @@
 #include "journal.h"
 
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <cerrno>
 #include <csignal>
 #include <cstdint>
 #include <cstring>
@@ -11,13 +16,40 @@
 #include <vector>
 
 #include "check.h"
+#include "invalid_input.h"
 #include "temporary.h"
+
+namespace {
+
+// How often something was synced, and whether that fails.
+std::atomic<int> file_syncs{0}, folder_syncs{0};
+std::atomic<bool> syncs_fail{false};
+
+int synced(int file, long call) {
+  struct stat info{};
+  ::fstat(file, &info);
+  ++(S_ISDIR(info.st_mode) ? folder_syncs : file_syncs);
+  if (!syncs_fail) return static_cast<int>(::syscall(call, file));
+  errno = EIO;
+  return -1;
+}
+
+}  // namespace
+
+// In place of the C library's.
+extern "C" int fsync(int file) {
+  return synced(file, SYS_fsync);
+}
+extern "C" int fdatasync(int file) {
+  return synced(file, SYS_fdatasync);
+}
 
 namespace {
 
 using fastalign::CorruptJournal;
 using fastalign::Entry;
 using fastalign::EntryView;
+using fastalign::InvalidInput;
 using fastalign::IoError;
 using fastalign::Journal;
 using fastalign::Recovery;
@@ -200,25 +232,126 @@ TEST(is_open_once_at_a_time) {
   const Journal next(file.path(), ignore);
 }
 
+// The disk is full `left` bytes further on.
+class FullDisk {
+ public:
+  FullDisk(const TemporaryFile& file, std::uint64_t left) {
+    std::signal(SIGXFSZ, SIG_IGN);
+    ::getrlimit(RLIMIT_FSIZE, &before_);
+    rlimit full = before_;
+    full.rlim_cur = file.read().size() + left;
+    ::setrlimit(RLIMIT_FSIZE, &full);
+  }
+  ~FullDisk() { ::setrlimit(RLIMIT_FSIZE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
 TEST(takes_back_a_write_that_failed) {
   const TemporaryFile file;
   Journal journal(file.path(), ignore);
   append(journal, 1, {1});
-  // The disk is full 100 bytes further on.
-  std::signal(SIGXFSZ, SIG_IGN);
-  rlimit before{};
-  ::getrlimit(RLIMIT_FSIZE, &before);
-  rlimit full = before;
-  full.rlim_cur = file.read().size() + 100;
-  ::setrlimit(RLIMIT_FSIZE, &full);
-  const std::string message = MESSAGE_OF(IoError, append(journal, 2, Bytes(4096, 2)));
-  ::setrlimit(RLIMIT_FSIZE, &before);
-  CHECK(message == file.path() + " cannot be written: " + std::strerror(EFBIG));
+  {
+    const FullDisk full(file, 100);
+    CHECK(MESSAGE_OF(IoError, append(journal, 2, Bytes(4096, 2))) ==
+          file.path() + " cannot be written: " + std::strerror(EFBIG));
+  }
   append(journal, 3, {3});
   journal.commit();
   Recovery recovery;
   CHECK((read(file.read(), &recovery) == Entries{{1, padded({1})}, {3, padded({3})}}));
   CHECK(recovery.dropped == 0);
+}
+
+TEST(writes_a_mark_for_which_there_was_no_room_later) {
+  const TemporaryFile file;
+  Journal journal(file.path(), ignore);
+  append(journal, 1, {1});
+  {
+    const FullDisk full(file, 39);
+    CHECK(MESSAGE_OF(IoError, journal.commit()) ==
+          file.path() + " cannot be written: " + std::strerror(EFBIG));
+  }
+  const int before = file_syncs;
+  journal.commit();
+  CHECK(file_syncs == before);
+  Recovery recovery;
+  CHECK((read(file.read(), &recovery) == Entries{{1, padded({1})}}));
+  CHECK(recovery.committed == recovery.appended && recovery.dropped == 0);
+}
+
+TEST(gives_the_lock_up_whatever_fails) {
+  for (const bool full_disk : {true, false}) {
+    const TemporaryFile file;
+    Journal journal(file.path(), ignore);
+    append(journal, 1, {1});
+    {
+      const FullDisk full(file, full_disk ? 39 : 4096);
+      syncs_fail = !full_disk;
+      const std::string message = MESSAGE_OF(IoError, journal.close());
+      syncs_fail = false;
+      CHECK(message.find(full_disk ? "cannot be written" : "cannot be synced") != message.npos);
+      journal.close();
+    }
+    const Bytes before = file.read();
+    const Journal next(file.path(), ignore);
+    // It is the next one's to write to.
+    CHECK(MESSAGE_OF(InvalidInput, append(journal, 1, {2})) == "the store is closed");
+    MESSAGE_OF(std::exception, journal.commit());
+    CHECK(file.read() == before);
+  }
+}
+
+TEST(syncs_the_folder_until_a_commit_has) {
+  const TemporaryFile file;
+  const int before = folder_syncs;
+  {
+    Journal journal(file.path(), ignore);
+    append(journal, 1, {1});
+  }
+  // As if its writer had died before it committed.
+  CHECK(folder_syncs == before);
+  Journal journal(file.path(), ignore);
+  journal.commit();
+  CHECK(folder_syncs == before + 1);
+  append(journal, 1, {1});
+  journal.close();
+  Journal again(file.path(), ignore);
+  append(again, 1, {1});
+  again.commit();
+  CHECK(folder_syncs == before + 1);
+}
+
+TEST(finds_the_folder_behind_a_link) {
+  const TemporaryFile file, link;
+  file.write({});
+  CHECK(::symlink(file.path().c_str(), link.path().c_str()) == 0);
+  const int before = folder_syncs;
+  Journal journal(link.path(), ignore);
+  append(journal, 1, {1});
+  journal.commit();
+  CHECK(folder_syncs == before + 1);
+}
+
+TEST(opening_and_closing_adds_nothing) {
+  for (const bool empty : {true, false}) {
+    const TemporaryFile file;
+    {
+      Journal journal(file.path(), ignore);
+      if (!empty) append(journal, 1, {1});
+      journal.close();
+    }
+    const Bytes before = file.read();
+    CHECK(before.size() == (empty ? 32 : 32 + 40 + 40));
+    const int syncs = file_syncs + folder_syncs;
+    for (int i = 0; i < 3; ++i) {
+      Journal journal(file.path(), ignore);
+      journal.commit();
+      journal.close();
+    }
+    CHECK(file.read() == before && file_syncs + folder_syncs == syncs);
+  }
 }
 
 TEST(commits_from_many_threads) {

@@ -1,8 +1,14 @@
 #include "store.h"
 
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <random>
 #include <set>
 #include <string>
 #include <thread>
@@ -32,21 +38,21 @@ const Store::Limit kForEver;
 
 void ignore() {}
 
-NewRollout rollout(std::int64_t seed, std::size_t length, std::int64_t prompt = 0) {
+NewRollout rollout(std::uint64_t seed, std::size_t length, std::int64_t prompt = 0) {
   NewRollout made({prompt, 0, seed, 3, Finish::length}, length);
   for (std::size_t i = 0; i < length; ++i) {
-    made.token_ids()[i] = static_cast<std::int32_t>(seed + static_cast<std::int64_t>(i));
+    made.token_ids()[i] = static_cast<std::int32_t>(seed + i);
     made.logprobs()[i] = -static_cast<float>(i);
   }
   return made;
 }
 
-bool is(const Rollout& found, std::int64_t seed, std::size_t length) {
+bool is(const Rollout& found, std::uint64_t seed, std::size_t length) {
   bool same = found.info.seed == seed && found.info.weight_version == 3 &&
               found.info.finish == Finish::length && found.token_ids.size == length &&
               found.logprobs.size == length;
   for (std::size_t i = 0; same && i < length; ++i) {
-    same = found.token_ids.data[i] == seed + static_cast<std::int64_t>(i) &&
+    same = found.token_ids.data[i] == static_cast<std::int32_t>(seed + i) &&
            found.logprobs.data[i] == -static_cast<float>(i);
   }
   return same;
@@ -167,7 +173,7 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
   prepare(store);
   std::vector<std::thread> producers, consumers;
   std::mutex mutex;
-  std::multiset<std::int64_t> taken;
+  std::multiset<std::uint64_t> taken;
   std::atomic<bool> good{true};
   std::atomic<std::int64_t> annotated{0};
   for (std::int64_t c = 0; c < kConsumers; ++c) {
@@ -176,7 +182,7 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
         const auto got = store.take(5, kForEver, ignore);
         if (got.empty()) return;
         for (const Rollout& r : got) {
-          if (!is(r, r.info.seed, static_cast<std::size_t>(r.info.seed % 600))) good = false;
+          if (!is(r, r.info.seed, r.info.seed % 600)) good = false;
           store.annotate(r.index, &r.info.seed, sizeof r.info.seed);
           const std::lock_guard lock(mutex);
           taken.insert(r.info.seed);
@@ -200,19 +206,101 @@ TEST(hands_every_rollout_to_one_of_many_consumers) {
   for (std::thread& thread : consumers) thread.join();
   CHECK(good);
   CHECK(taken.size() == kProducers * kEach);
-  CHECK(std::set<std::int64_t>(taken.begin(), taken.end()).size() == taken.size());
+  CHECK(std::set<std::uint64_t>(taken.begin(), taken.end()).size() == taken.size());
 
   Store again(file.path(), kMiB, 0);
   CHECK(again.size() == taken.size());
   for (std::int64_t i = 0; i < kProducers * kEach; ++i) {
     const Rollout found = again.rollout(i);
-    CHECK(is(found, found.info.seed, static_cast<std::size_t>(found.info.seed % 600)));
+    CHECK(is(found, found.info.seed, found.info.seed % 600));
     const auto notes = again.notes(i);
     CHECK(notes.size() == 1);
-    std::int64_t note = 0;
+    std::uint64_t note = 0;
     std::memcpy(&note, notes[0].data, sizeof note);
     CHECK(note == found.info.seed);
   }
+}
+
+// Of the rollout with this number; some are so long that a kill can tear them.
+std::size_t length_of(std::uint64_t index) {
+  return index % 20 == 10 ? 30'000 + index * 7919 % 30'000 : index * 7919 % 300;
+}
+
+// Appends for ever, each rollout with a note, and says after a commit how many there are.
+[[noreturn]] void write_for_ever(const std::string& path, int acknowledge) {
+  Store store(path, kMiB, 0);
+  if (store.size() == 0) prepare(store);
+  for (std::uint64_t i = store.size();; ++i) {
+    const std::int64_t index = store.append(rollout(i, length_of(i)), kForEver, ignore);
+    store.annotate(index, &i, sizeof i);
+    if (i % 6 != 5) continue;
+    store.commit();
+    const std::uint64_t count = i + 1;
+    if (::write(acknowledge, &count, sizeof count) != sizeof count) ::_exit(1);
+  }
+}
+
+std::uint64_t size_of(const std::string& path) {
+  struct stat info{};
+  return ::stat(path.c_str(), &info) == 0 ? static_cast<std::uint64_t>(info.st_size) : 0;
+}
+
+// How many rollouts a writer acknowledged before SIGKILL came, once its file had `size` bytes.
+std::uint64_t acknowledged_when_killed(const std::string& path, std::uint64_t size) {
+  int ends[2];
+  CHECK(::pipe(ends) == 0);
+  const pid_t child = ::fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    try {
+      write_for_ever(path, ends[1]);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s\n", error.what());
+      ::_exit(1);
+    }
+  }
+  ::close(ends[1]);
+  int status = 0;
+  bool ended = false;
+  while (!ended && size_of(path) < size) ended = ::waitpid(child, &status, WNOHANG) == child;
+  if (!ended) {
+    ::kill(child, SIGKILL);
+    ::waitpid(child, &status, 0);
+  }
+  std::uint64_t count = 0, said = 0;
+  while (::read(ends[0], &said, sizeof said) == sizeof said) count = said;
+  ::close(ends[0]);
+  CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+  return count;
+}
+
+TEST(loses_nothing_that_a_writer_acknowledged_before_it_was_killed) {
+  constexpr int kJournals = 10, kKills = 20;
+  std::mt19937_64 random(0);
+  std::uint64_t acknowledged_at_all = 0;
+  for (int journal = 0; journal < kJournals; ++journal) {
+    const TemporaryFile file;
+    std::uint64_t acknowledged = 0, checked = 0;
+    for (int kill = 0; kill < kKills; ++kill) {
+      const std::uint64_t size = size_of(file.path()) + random() % (kMiB / 2);
+      acknowledged = std::max(acknowledged, acknowledged_when_killed(file.path(), size));
+      Store store(file.path(), kMiB, 0);
+      CHECK(store.size() >= acknowledged);
+      for (; checked < store.size(); ++checked) {
+        const auto index = static_cast<std::int64_t>(checked);
+        CHECK(is(store.rollout(index), checked, length_of(checked)));
+        // The last one may have been killed before its note; the next writer begins behind it.
+        const auto notes = store.notes(index);
+        if (notes.empty() && checked + 1 == store.size()) {
+          store.annotate(index, &checked, sizeof checked);
+        } else {
+          CHECK(notes.size() == 1 && std::memcmp(notes[0].data, &checked, sizeof checked) == 0);
+        }
+      }
+    }
+    acknowledged_at_all += acknowledged;
+  }
+  CHECK(acknowledged_at_all > kJournals * kKills);
 }
 
 TEST(views_outlive_their_window_and_their_store) {
@@ -234,6 +322,23 @@ TEST(views_outlive_their_window_and_their_store) {
   for (std::size_t i = 0; i < held.size(); ++i) {
     CHECK(is(held[i], static_cast<std::int64_t>(50 * i), kLength));
   }
+}
+
+TEST(what_is_written_to_a_view_stays_there) {
+  const TemporaryFile file;
+  Store store(file.path(), 1 << 28, 0);
+  prepare(store);
+  store.append(rollout(1, 10), kForEver, ignore);
+  const Bytes before = file.read();
+  const Rollout held = store.rollout(0);
+  for (std::size_t i = 0; i < 10; ++i) const_cast<std::int32_t*>(held.token_ids.data)[i] = 77;
+  CHECK(file.read() == before);
+  // On the same page, of which there is a copy now.
+  store.append(rollout(2, 10), kForEver, ignore);
+  store.annotate(1, "good", 4);
+  CHECK(is(store.rollout(1), 2, 10));
+  CHECK((values(store.notes(1)[0]) == Bytes{'g', 'o', 'o', 'd'}));
+  CHECK(held.token_ids.data[9] == 77);
 }
 
 TEST(holds_a_rollout_larger_than_a_window) {
