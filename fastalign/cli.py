@@ -700,7 +700,8 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
 def _check_planning(arguments: argparse.Namespace) -> None:
     """Refuse options of a plan that would say nothing."""
     for name in ("gpus", "gpu", "gpu_memory", "json"):
-        if getattr(arguments, name) and not (arguments.dry_run and arguments.gpus):
+        said = getattr(arguments, name) not in (None, False)
+        if said and not (arguments.dry_run and arguments.gpus):
             raise ConfigError(f"--{name.replace('_', '-')} goes with --dry-run and --gpus N")
 
 

@@ -18,10 +18,16 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
 from fastalign.model import REFERENCE, adapt
+from fastalign_kernels.reference import MAX_TILE_COLUMNS, MIN_TILE_COLUMNS, TILE_BYTES
+from fastalign_kernels.triton_head import CHUNK_BYTES, CHUNK_COLUMNS
 
 # By whether what it returns is a copy.
 TRACED_ATTENTION = {False: "fastalign_traced", True: "fastalign_traced_copies"}
 META = torch.device("meta")
+HEAD = {
+    torch.ops.fastalign_kernels.linear_log_odds.default,
+    torch.ops.fastalign_kernels.linear_log_odds_backward.default,
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,16 @@ class Footprint:
         dtype: of the base.
         sharded: whether ZeRO-3 spreads it, which leaves adapters in PEFT's float32; DeepSpeed
             casts them to ``dtype`` otherwise.
+        on_cpu: passes as they are there, where segments of attention are joined in a copy and the
+            LM head works in smaller tiles; else as on a GPU, with FlashAttention and Triton.
 
     Raises:
         ConfigError: there is no such model, or no such module to adapt.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype, *, sharded: bool) -> None:
+    def __init__(
+        self, config: Config, dtype: torch.dtype, *, sharded: bool, on_cpu: bool = False
+    ) -> None:
         self.policy = _meta_policy(config, dtype)
         if not sharded:
             self.policy.to(dtype)
@@ -66,31 +76,32 @@ class Footprint:
             sum(p.numel() for p in module.parameters(recurse=False))
             for module in self.policy.modules()
         )
-        self._traced: dict[tuple[int, bool, bool], int] = {}
+        self._on_cpu = on_cpu
+        self._traced: dict[tuple[int, bool], int] = {}
         self.cache_bytes = _cache_bytes(model.config.get_text_config(), dtype)
 
-    def activations(self, tokens: int, *, training: bool = True, copies: bool = False) -> int:
+    def activations(self, tokens: int, *, training: bool = True) -> int:
         """Most bytes at once, beyond weights and their gradients, of a pass over a pack.
 
-        Every token but the first is a target.  Counted is what torch's operations return: not the
-        work space within one, as of the LM head's, nor a GPU's rounding up.
+        Every token but the first is a target.  Counted is what torch's operations return, and the
+        work space of the LM head's; not that of others, nor a GPU's rounding up.
 
         Args:
             tokens: of the pack.
             training: forward and backward; else forward alone, without gradients.
-            copies: attention as on a CPU, whose segments are joined in a copy.
 
         Raises:
             ConfigError: what the model computes depends on values, which are not there.
         """
-        key = tokens, training, copies
+        key = tokens, training
         if key not in self._traced:
             self._traced[key] = self._trace(*key)
         return self._traced[key]
 
-    def _trace(self, tokens: int, training: bool, copies: bool) -> int:
-        live = _Live(self.policy)
-        self.policy.causal_lm.set_attn_implementation(TRACED_ATTENTION[copies])
+    def _trace(self, tokens: int, training: bool) -> int:
+        work = (_head_on_a_cpu if self._on_cpu else _head_on_a_gpu)(self, max(tokens - 1, 1))
+        live = _Live(self.policy, work)
+        self.policy.causal_lm.set_attn_implementation(TRACED_ATTENTION[self._on_cpu])
         self.policy.packed = True
         self.policy.train(training)
         try:
@@ -169,10 +180,12 @@ def _on_meta(batch: Any) -> Any:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of tensors that are alive, beyond those of ``module``."""
+    """Bytes of tensors that are alive, beyond those of ``module``; ``work``: what the operations of
+    the LM head need besides what they return."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, work: int) -> None:
         super().__init__()
+        self._work = work
         self.now = self.most = 0
         # The storages of views are the same Python object as long as one of them lives.
         self._known = {_storage(p)._cdata: 0 for p in (*module.parameters(), *module.buffers())}
@@ -184,6 +197,8 @@ class _Live(TorchDispatchMode):
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(_storage(leaf))
+        if func in HEAD:
+            self.most = max(self.most, self.now + self._work)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -201,6 +216,29 @@ class _Live(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> Any:
     return tensor.untyped_storage()
+
+
+def _head_on_a_gpu(model: Footprint, rows: int) -> int:
+    """Of the Triton kernels, at most: a chunk of exponentials, [rows, hidden size] once more, and
+    three numbers for each row and tile of the vocabulary."""
+    size = model.dtype.itemsize
+    width = max(256, min(CHUNK_COLUMNS, CHUNK_BYTES // (rows * size), model.vocab_size))
+    wide = 4 if model.head_trained else size
+    return rows * (width * size + model.hidden_size * wide + 3 * 4 * -(-model.vocab_size // 128))
+
+
+def _head_on_a_cpu(model: Footprint, rows: int) -> int:
+    """Of the torch implementation: a tile of logits in float32, in half precision two and one as
+    the product rounds it; and in float32 twice the hidden size of a block's rows, or of all where
+    the head is trained.  A frozen one's gradient ends with five of these beside a tile."""
+    budget = TILE_BYTES["cpu"] // 4
+    columns = min(max(MIN_TILE_COLUMNS, budget // rows), MAX_TILE_COLUMNS, model.vocab_size)
+    height = min(rows, budget // columns)
+    tiles = height * columns * (4 if model.dtype.itemsize == 4 else 10)
+    if model.head_trained:
+        return tiles + 4 * model.hidden_size * (2 * rows + columns)
+    of_a_block = 4 * height * model.hidden_size
+    return max(tiles + 2 * of_a_block, 4 * height * columns + 5 * of_a_block)
 
 
 # ------------------------------------------------------------------------------------ attention

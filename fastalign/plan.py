@@ -24,7 +24,6 @@ from fastalign.footprint import Footprint, Parameter, weight_bytes
 from fastalign.methods import make_method
 from fastalign.model import resolve_adapter, resolve_zero_stage, zero_options
 from fastalign.train import wants_reference
-from fastalign_kernels.triton_head import CHUNK_BYTES, CHUNK_COLUMNS
 
 GIB = 1 << 30
 # GiB that the driver leaves of what the makers promise.
@@ -131,6 +130,8 @@ def find_gpu(name: str | None, gib: float | None) -> tuple[str, int]:
     if (name is None) == (gib is None):
         raise ConfigError("--dry-run with --gpus wants --gpu NAME or --gpu-memory GIB, one of them")
     if gib is not None:
+        if not 0 < gib < math.inf:
+            raise ConfigError(f"--gpu-memory {gib:g}: want a number of GiB above 0")
         return f"{gib:g} GiB", int(gib * GIB)
     assert name is not None
     if name.lower() not in GPUS:
@@ -225,7 +226,8 @@ def _flattened(
         gradients, copied = numel * size, 0
     else:
         gradients = size * _most_overlapping(groups, parts, world_size)
-        copied = min(numel, bucket) * size
+        # Those of a second pack lie beside the sum until they are added.
+        copied = min(numel, bucket) * size + gradients
     offloaded = _offloads(zero.offload_optimizer)
     if offloaded:
         # On their way to the host.
@@ -346,7 +348,7 @@ class Planner:
         model = self._footprint(config, stage)
         held = shard(model.parameters, stage, gpus, zero, self.dtype, model.largest_module)
         activations = self._activations(model, config.micro_batch_tokens)
-        parts = [*_training(config, model, activations, held, zero, self.dtype)]
+        parts = [*_training(activations, held, zero)]
         host = held.offloaded
         notes: list[str] = []
         engine_fits = True
@@ -401,10 +403,9 @@ class Planner:
     def most_tokens(self, config: Config, plan: Plan) -> int:
         """The largest pack, in steps of 1024 tokens, for which the memory that is left suffices."""
         model, now = self._footprint(config, plan.stage), config.micro_batch_tokens
-        here = model.activations(now) + head_work_space(model, now, self.dtype)
-        twice = model.activations(2 * now) + head_work_space(model, 2 * now, self.dtype)
+        each = (model.activations(2 * now) - model.activations(now)) / now
         free = (plan.memory - plan.peak("update")) / (1 + SLACK)
-        found = min(MOST_TOKENS, now + int(free * now / (twice - here)))
+        found = min(MOST_TOKENS, now + int(free / each))
         return found // 1024 * 1024
 
     def _engine(self, config: Config, model: Footprint) -> Part:
@@ -440,14 +441,7 @@ class Planner:
         return self._whole
 
 
-def _training(
-    config: Config,
-    model: Footprint,
-    activations: int,
-    held: Shard,
-    zero: Any,
-    dtype: torch.dtype,
-) -> Iterator[Part]:
+def _training(activations: int, held: Shard, zero: Any) -> Iterator[Part]:
     optimizer_away, weights_away = map(_offloads, (zero.offload_optimizer, zero.offload_param))
     weights = 0 if weights_away else held.weights
     yield Part("weights", "counted", weights, weights, weights)
@@ -461,18 +455,7 @@ def _training(
     yield Part("float32 master weights", "counted", masters, masters, masters)
     yield Part("optimizer moments", "counted", moments, moments, moments)
     yield Part("optimizer's step", "bound", 0, held.stepping, 0)
-    tokens = config.micro_batch_tokens
     yield Part("activations of a pack", "traced", activations)
-    yield Part("work space of the LM head", "bound", head_work_space(model, tokens, dtype))
-
-
-def head_work_space(model: Footprint, rows: int, dtype: torch.dtype) -> int:
-    """Of the Triton kernels: a chunk of exponentials, one more [rows, hidden size], and three
-    numbers for each row and tile of the vocabulary."""
-    width = max(256, min(CHUNK_COLUMNS, CHUNK_BYTES // (rows * dtype.itemsize), model.vocab_size))
-    wide = FP32 if model.head_trained else dtype.itemsize
-    tiles = math.ceil(model.vocab_size / 128)
-    return rows * (width * dtype.itemsize + model.hidden_size * wide + 3 * FP32 * tiles)
 
 
 def _reference(frozen: Sequence[Parameter], stage: int, gpus: int, zero: Any) -> Part:
