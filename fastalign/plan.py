@@ -266,10 +266,11 @@ def _partitioned(
     # What comes again within the reuse distance stays: near the turn from forward to backward that
     # is half of it.  Then comes what is fetched ahead, and the module that computes.
     stays = min(int(zero.max_live_parameters), int(zero.max_reuse_distance) // 2)
-    most = max(p.bytes for p in parameters)
+    # Adapters have wider numbers, and there are few.
+    wider = sum(p.numel * (p.bytes - size) for p in parameters)
     gathered = min(
         sum(p.numel * p.bytes for p in parameters) - whole,
-        (stays + int(zero.prefetch_bucket_size) + largest_module) * most,
+        (stays + int(zero.prefetch_bucket_size) + largest_module) * size + wider,
     )
     weights_on_host = _offloads(zero.offload_param) * cut
     return Shard(

@@ -18,7 +18,7 @@ from fastalign.cli import main
 from fastalign.config import Config, ConfigError, override_config
 from fastalign.footprint import Footprint, Parameter
 from fastalign.model import zero_options
-from fastalign.plan import GIB, GPUS, Planner, advise, find_gpu, report, shard
+from fastalign.plan import GIB, GPUS, Planner, advise, find_gpu, shard
 
 # Of a pass as a CPU makes it, whose products take room of their own in half precision.
 MOST_ERROR = 0.05
@@ -27,11 +27,11 @@ TOKENS = 256
 
 @pytest.fixture(scope="session")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration of a 13 billion model, and nothing else."""
+    """A folder with the configuration of three layers of a 13 billion model, and nothing else."""
     folder = tmp_path_factory.mktemp("shape")
     LlamaConfig(
         architectures=["LlamaForCausalLM"], hidden_size=5120, intermediate_size=13824,
-        num_hidden_layers=40, num_attention_heads=40, vocab_size=32000,
+        num_hidden_layers=3, num_attention_heads=40, vocab_size=32000,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -80,7 +80,7 @@ def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(shape):
     less = Footprint(make(shape, gradient_checkpointing=True), torch.bfloat16, sharded=True)
     one, two, three = (plain.activations(n) for n in (2048, 4096, 6144))
     assert three - two == pytest.approx(two - one, rel=0.01)
-    assert less.activations(4096) < plain.activations(4096) / 5
+    assert less.activations(4096) < plain.activations(4096) / 2
     assert plain.activations(4096, training=False) < less.activations(4096)
 
 
@@ -115,7 +115,7 @@ def test_offloading_leaves_the_optimizer_to_the_host(shape):
     assert moments in names(here) and moments not in names(there)
     assert here.host == 0
     # Per weight: two moments, master and gradient in float32, and a gradient in bfloat16.
-    assert there.host == pytest.approx(18 * 13.0e9 / 8, rel=0.01)
+    assert there.host == pytest.approx(18 * 1_279_262_720 / 8, rel=0.001)
     assert there.needed < here.needed
 
 
@@ -127,7 +127,7 @@ def names(plan: Any) -> set[str]:
 
 
 def test_what_is_proposed_fits_when_it_is_set(shape):
-    planner = Planner(make(shape), find_gpu("a100-80", None))
+    planner = Planner(make(shape), find_gpu(None, 9))
     advice = advise(planner, 8)
     assert not advice.plan.fits and not advice.room
     best = advice.changes[-1]
@@ -135,15 +135,19 @@ def test_what_is_proposed_fits_when_it_is_set(shape):
     again = planner.plan(override_config(planner.config, best.settings), best.gpus)
     assert again.fits and again.needed <= best.needed
     # Each setting alone is shown with what it leads to.
-    alone = {change.settings[0].partition("=")[0] for change in advice.changes[:-1]}
+    alone = {c.settings[0].partition("=")[0] for c in advice.changes if len(c.settings) == 1}
     assert {"micro_batch_tokens", "gradient_checkpointing"} <= alone
 
 
 def test_more_gpus_are_the_last_resort(shape):
-    one = advise(Planner(make(shape, use_peft=True), find_gpu("4090", None)), 1)
+    eight = advise(Planner(make(shape), find_gpu(None, 9)), 8)
+    assert eight.changes[-1].fits and eight.changes[-1].gpus == 8
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    alone = make(shape, zero_stage=3, deepspeed=offload, max_length=8192)
+    one = advise(Planner(alone, find_gpu(None, 7)), 1)
     assert one.changes[-1].fits and one.changes[-1].gpus > 1
-    eight = advise(Planner(make(shape, use_peft=True), find_gpu("h100", None)), 8)
-    assert all(change.gpus == 8 for change in eight.changes[-1:])
+    hopeless = advise(Planner(alone, find_gpu(None, 1)), 1)
+    assert not any(change.fits for change in hopeless.changes)
 
 
 def test_room_to_spare_is_offered_and_fits(shape):
@@ -172,15 +176,15 @@ def test_an_engine_takes_turns_with_training(shape):
     share = next(part for part in plan.parts if part.name.startswith("vLLM"))
     assert (share.update, share.rollout) == (0, int(0.4 * gpu[1]))
     assert plan.fits
-    # 24.2 GiB of weights in a tenth of the GPU.
-    small = override_config(vllm.config, ["rollout.gpu_memory_utilization=0.1"])
+    # 2.4 GiB of weights in a fortieth of the GPU.
+    small = override_config(vllm.config, ["rollout.gpu_memory_utilization=0.025"])
     assert not vllm.plan(small, 8).fits
     fits = advise(Planner(small, gpu), 8).changes[-1]
     assert fits.fits and fits.settings[-1].startswith("rollout.gpu_memory_utilization=")
     replica = next(
         part for part in embedded.plan(embedded.config, 8).parts if "embedded" in part.name
     )
-    assert replica.rollout > 24 * GIB and replica.update == 0
+    assert replica.rollout > 2 * GIB and replica.update == 0
     offline = make(shape, method="sft")
     assert not Planner(offline, gpu).plan(offline, 8).peak("rollout")
 
@@ -213,13 +217,13 @@ def train(shape, tmp_path, capsys):
 
 
 def test_the_command_prints_parts_and_what_to_set(train):
-    shown = train("--dry-run", "--gpus", "8", "--gpu", "H100")
+    shown = train("--dry-run", "--gpus", "8", "--gpu", "H100", "micro_batch_tokens=131072")
     assert shown.code == 0
     first, *lines = shown.out.splitlines()
-    assert first.startswith("8 x h100 (79.10 GiB), ZeRO 3, packs of 8,192 tokens, without")
+    assert first.startswith("8 x h100 (79.10 GiB), ZeRO 3, packs of 131,072 tokens, without")
     for name in ("weights", "gradients", "optimizer moments", "activations of a pack", "together"):
         assert sum(line.startswith(name + " ") for line in lines) == 1, name
-    assert any(line.strip().endswith("gradient_checkpointing=true") for line in lines)
+    assert any(line.split()[1:] == ["fits", "gradient_checkpointing=true"] for line in lines)
     assert lines[-1] == "no time per step: nothing was measured on this device"
 
 
@@ -264,8 +268,3 @@ def test_what_is_wrong_is_said_in_one_line(train, options, says):
 def test_no_gpu_is_known_by_half_its_name():
     with pytest.raises(ConfigError, match="known are a100-40"):
         find_gpu("a100", None)
-
-
-def test_the_report_is_plain(shape):
-    planner = Planner(make(shape, use_peft=True, micro_batch_tokens=2048), find_gpu("b200", None))
-    assert json.loads(json.dumps(report(advise(planner, 1))))["fits"] is True
