@@ -309,7 +309,7 @@ def main() -> None:
 
     from fastalign.demo.model import ensure_smollm
 
-    made = cases(arguments.model or str(ensure_smollm()), {"bfloat16": 1024})
+    made = cases(arguments.model or str(ensure_smollm()), {"bfloat16": 512})
     rows = []
     for ranks in (1, 2):
         some = [case for case in made if case["ranks"] == ranks]

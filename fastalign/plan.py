@@ -519,7 +519,8 @@ def advise(planner: Planner, gpus: int) -> Advice:
     for axis in axes:
         alone = [_try(planner, [option], gpus) for option in axis[1:]]
         # The first that fits, or how far this setting goes.
-        changes += [change for change in alone if change.fits][:1] or alone[-1:]
+        chosen = [change for change in alone if change.fits][:1] or alone[-1:]
+        changes += [change for change in chosen if change.fits or change.needed < plan.needed]
     for options in sorted(itertools.product(*axes), key=lambda each: sum(o.cost for o in each)):
         change = _try(planner, options, gpus)
         if change.fits:
@@ -543,8 +544,8 @@ def _axes(config: Config, plan: Plan) -> list[list[_Option]]:
     for stage in range(plan.stage + 1, 4) if plan.gpus > 1 else ():
         stages.append(_Option((f"zero_stage={stage}",), cost=6 + stage))
     if "offload_optimizer" not in zero and (plan.stage or plan.gpus == 1):
-        # Without ZeRO there is none; on one GPU ZeRO-2 shards nothing and offloads.
-        first = () if plan.stage else ("zero_stage=2",)
+        # Without ZeRO there is none; on one GPU ZeRO-3 shards nothing and offloads.
+        first = () if plan.stage else ("zero_stage=3",)
         offload.append(_Option((*first, *OFFLOAD), cost=30))
     for doublings in range(1, 11):
         many = plan.gpus << doublings

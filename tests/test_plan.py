@@ -53,6 +53,7 @@ def test_one_rank_holds_what_was_planned(tiny_llama, tmp_path, dtype, keys):
     assert planned == found
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_what_was_planned(tiny_llama, tmp_path):
     """ZeRO 1 to 3, whatever is trained: to the byte, on the rank that holds most."""
     cases = [c for c in bench.cases(str(tiny_llama), {"bfloat16": 64}) if c["ranks"] == 2]
