@@ -229,12 +229,14 @@ def _head_on_a_gpu(model: Footprint, rows: int) -> int:
 
 def _head_on_a_cpu(model: Footprint, rows: int) -> int:
     """Of the torch implementation: a tile of logits in float32, in half precision two and one as
-    the product rounds it; and in float32 twice the hidden size of a block's rows, or of all where
-    the head is trained.  A frozen one's gradient ends with five of these beside a tile."""
+    the product rounds it, beside the tile before it; and in float32 twice the hidden size of a
+    block's rows, or of all where the head is trained.  A frozen one's gradient ends with five of
+    these beside a tile."""
     budget = TILE_BYTES["cpu"] // 4
     columns = min(max(MIN_TILE_COLUMNS, budget // rows), MAX_TILE_COLUMNS, model.vocab_size)
     height = min(rows, budget // columns)
-    tiles = height * columns * (4 if model.dtype.itemsize == 4 else 10)
+    last = 4 * (columns < model.vocab_size)
+    tiles = height * columns * (last + (4 if model.dtype.itemsize == 4 else 10))
     if model.head_trained:
         return tiles + 4 * model.hidden_size * (2 * rows + columns)
     of_a_block = 4 * height * model.hidden_size
