@@ -40,6 +40,7 @@ examples:
   fastalign train recipes/cut-offline.yaml model_name_or_path=./model datasets.0.path=data.jsonl
   fastalign train recipe.yaml learning_rate=1e-5 nproc_per_node=2
   fastalign train recipe.yaml --dry-run
+  fastalign train recipe.yaml --dry-run --gpus 8 --gpu h100
   fastalign train recipe.yaml nproc_per_node=8 --nnodes 2 --node_rank 0 --master_addr 10.0.0.1
 
 Options after the overrides that start with -- are torchrun's and are passed on to it.
@@ -62,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("recipe", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key.sub=value")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    planning = train.add_argument_group("with --dry-run, a plan of the memory").add_argument
+    planning("--gpus", type=_whole_number(1), metavar="N", help="how many, of all nodes")
+    planning("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200, b200, l40s, 4090, ...")
+    planning("--gpu-memory", type=float, metavar="GIB", help="of a GPU that has no name here")
+    planning("--json", action="store_true", help="the whole plan as JSON")
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
     )
@@ -655,6 +661,7 @@ def _separate(passed_on: list[str]) -> tuple[list[str], list[str]]:
 
 def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     overrides = list(arguments.overrides)
+    _check_planning(arguments)
     if arguments.resume:
         overrides.append("resume_from_checkpoint=true")
     config = load_config(arguments.recipe, overrides)
@@ -666,8 +673,7 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     except ConfigError as error:
         raise ConfigError(f"{arguments.recipe}: {error}") from None
     if arguments.dry_run:
-        print(dump_config(config), end="")
-        return OK
+        return _plan(arguments, config)
     if "LOCAL_RANK" not in os.environ:
         processes = resolve_processes(config)
         if processes > 1 or torchrun_options:
@@ -688,6 +694,34 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     except Paused as reason:
         _complain(f"paused: {reason}")
         return PAUSED
+    return OK
+
+
+def _check_planning(arguments: argparse.Namespace) -> None:
+    """Refuse options of a plan that would say nothing."""
+    for name in ("gpus", "gpu", "gpu_memory", "json"):
+        said = getattr(arguments, name) not in (None, False)
+        if said and not (arguments.dry_run and arguments.gpus):
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --dry-run and --gpus N")
+
+
+def _plan(arguments: argparse.Namespace, config: Config) -> int:
+    """The resolved recipe; with --gpus what it takes of their memory instead."""
+    if arguments.gpus is None:
+        print(dump_config(config), end="")
+        return OK
+
+    from rich.console import Console
+
+    from fastalign import plan
+
+    advice = plan.advise(
+        plan.Planner(config, plan.find_gpu(arguments.gpu, arguments.gpu_memory)), arguments.gpus
+    )
+    if arguments.json:
+        print(json.dumps(plan.report(advice), indent=1))
+    else:
+        plan.show(advice, Console())
     return OK
 
 

@@ -502,6 +502,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(tree, str(path))
 
 
+def override_config(config: Config, overrides: Iterable[str]) -> Config:
+    """The recipe with ``a.b=value`` overrides applied.
+
+    Raises:
+        ConfigError: one line naming key, value and what would be right.
+    """
+    tree = config.model_dump(mode="json", by_alias=True)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
 def load_judge(path: str | Path) -> JudgeConfig:
     """A judge in a YAML file of its own, whose keys are those of a recipe's ``judge``.
 

@@ -463,7 +463,11 @@ def load_policy(
 
     ``sharded``: the DeepSpeed configuration under which ZeRO-3 spreads it while it loads.
     """
-    model: Any = _load_causal_lm(config, dtype, device, sharded)
+    return adapt(_load_causal_lm(config, dtype, device, sharded), config)
+
+
+def adapt(model: Any, config: Config) -> Policy:
+    """The transformers model with gradient checkpointing and adapters as the recipe has them."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.use_peft:
@@ -507,6 +511,13 @@ def deepspeed_settings(config: Config, stage: int, dtype: torch.dtype) -> dict[s
         else:
             merged[key] = value
     return merged
+
+
+def zero_options(config: Config, stage: int, dtype: torch.dtype) -> Any:
+    """DeepSpeed's ZeRO options as they will be, its defaults included."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(**deepspeed_settings(config, stage, dtype)["zero_optimization"])
 
 
 def _load_causal_lm(

@@ -145,7 +145,7 @@ def train(config: Config) -> dict[str, float]:
         if config.online is not None:
             engine = _make_engine(config, device, method, renderers, eval_renderers)
             asked |= _make_judge_models(config, device, method, judge_renderers, tracker)
-        needs_reference = _needs_reference(config, method)
+        needs_reference = wants_reference(config, method)
         if config.refreshes and not needs_reference:
             raise ConfigError(
                 "online.rounds_per_reference is set, but nothing in this run has a reference: no "
@@ -447,7 +447,8 @@ def _order(config: Config, n: int, round_index: int) -> np.ndarray:
 # -------------------------------------------------------------------------------------- start-up
 
 
-def _needs_reference(config: Config, method: Method) -> bool:
+def wants_reference(config: Config, method: Method) -> bool:
+    """Whether anything behind the first step compares with the frozen start, which is then kept."""
     judges = (config.judge, config.eval_judge) if config.online else ()
     # Online evaluation reports how far the policy has moved from the reference.
     measured = config.online is not None and config.eval_steps is not None
