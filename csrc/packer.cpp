@@ -212,6 +212,16 @@ struct Bin {
     cost += price;
     examples.push_back(static_cast<std::int64_t>(example));
   }
+
+  // Adds up anew what it holds.
+  void measure(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs) {
+    tokens = 0;
+    cost = 0;
+    for (const std::int64_t example : examples) {
+      tokens += lengths[static_cast<std::size_t>(example)];
+      cost += costs[static_cast<std::size_t>(example)];
+    }
+  }
 };
 
 template <typename T>
@@ -288,29 +298,117 @@ std::vector<Bin> spread(const std::vector<T>& loads, const std::vector<std::int6
   return filled;
 }
 
-// Deals the bins out in rounds, from the costliest down: of the next `ranks` bins the costliest
-// goes to the rank with the least to do, and so on. A round changes the difference of two ranks by
-// at most what its bins differ by, and towards 0 or past it, so in the end no two ranks differ by
-// more than the costliest and the cheapest bin of some round. The ranks step in lockstep, so it
-// also matters that bins of one round are alike.
-Plan deal(std::vector<Bin> bins, std::size_t ranks) {
-  for (Bin& bin : bins) std::sort(bin.examples.begin(), bin.examples.end());
+// One example for another, or for none, between two bins.
+class Exchange {
+ public:
+  // The one after which their costs differ least, of those that the budget allows. Between `from`,
+  // the costlier one, and `to`.
+  Exchange(const Bin& from, const Bin& to, const std::vector<std::int64_t>& lengths,
+           const std::vector<double>& costs, std::int64_t budget)
+      : difference_(from.cost - to.cost), left_(difference_) {
+    // Those that may come back by what they cost, and nothing, which is cheapest.
+    std::vector<Item> back{{0, 0, kNothing}};
+    for (std::size_t i = 0; i < to.examples.size(); ++i) {
+      const auto e = static_cast<std::size_t>(to.examples[i]);
+      back.push_back({costs[e], lengths[e], i});
+    }
+    std::stable_sort(back.begin(), back.end(),
+                     [](const Item& a, const Item& b) { return a.cost < b.cost; });
+    for (std::size_t i = 0; i < from.examples.size(); ++i) {
+      const auto e = static_cast<std::size_t>(from.examples[i]);
+      const auto look = [&](const Item& item) {
+        const double left = std::abs(difference_ - 2 * (costs[e] - item.cost));
+        if (!(left < left_)) return false;
+        const std::int64_t moved = lengths[e] - item.length;
+        if (to.tokens + moved > budget || from.tokens - moved > budget) return true;
+        left_ = left;
+        given_ = i;
+        taken_ = item.place;
+        return false;
+      };
+      // From the best one outwards, until what is found is no better than what was.
+      const auto middle =
+          std::lower_bound(back.begin(), back.end(), costs[e] - difference_ / 2,
+                           [](const Item& item, double cost) { return item.cost < cost; });
+      for (auto item = middle; item != back.end() && look(*item);) ++item;
+      for (auto item = middle; item != back.begin() && look(*--item);) continue;
+    }
+  }
+
+  // Whether there is one.
+  explicit operator bool() const { return left_ < difference_; }
+
+  void apply(Bin& from, Bin& to) const {
+    auto& given = from.examples[given_];
+    if (taken_ == kNothing) {
+      to.examples.push_back(given);
+      from.examples.erase(from.examples.begin() + static_cast<std::ptrdiff_t>(given_));
+    } else {
+      std::swap(given, to.examples[taken_]);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kNothing = std::numeric_limits<std::size_t>::max();
+  struct Item {
+    double cost;
+    std::int64_t length;
+    std::size_t place;
+  };
+
+  double difference_, left_;  // before and after
+  std::size_t given_ = 0, taken_ = kNothing;
+};
+
+// Bins whose costs differ by less than this share are as good as even: a cost is an estimate.
+constexpr double kEven = 1e-3;
+
+// Moves or swaps single examples between the costliest and the cheapest of the bins in [begin, end)
+// for as long as that brings these two closer, and no more often than there are examples.
+void even_out(std::vector<Bin>::iterator begin, std::vector<Bin>::iterator end,
+              const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
+              std::int64_t budget) {
+  std::size_t exchanges = 0;
+  for (auto bin = begin; bin != end; ++bin) exchanges += bin->examples.size();
+  for (; exchanges > 0; --exchanges) {
+    const auto [to, from] =
+        std::minmax_element(begin, end, [](const Bin& a, const Bin& b) { return a.cost < b.cost; });
+    if (from->cost - to->cost <= kEven * from->cost) return;
+    const Exchange best(*from, *to, lengths, costs, budget);
+    if (!best) return;
+    best.apply(*from, *to);
+    from->measure(lengths, costs);
+    to->measure(lengths, costs);
+  }
+}
+
+// Deals the bins out in rounds, from the costliest down, evening out each round before: of the next
+// `ranks` bins the costliest goes to the rank with the least to do, and so on. A round changes the
+// difference of two ranks by at most what its bins differ by, and towards 0 or past it, so in the
+// end no two ranks differ by more than the costliest and the cheapest bin of some round. The ranks
+// step in lockstep, so it also matters that bins of one round are alike.
+Plan deal(std::vector<Bin> bins, const std::vector<std::int64_t>& lengths,
+          const std::vector<double>& costs, std::int64_t budget, std::size_t ranks) {
+  const auto costlier = [](const Bin& a, const Bin& b) { return a.cost > b.cost; };
   bins.resize((bins.size() + ranks - 1) / ranks * ranks);
-  std::stable_sort(bins.begin(), bins.end(),
-                   [](const Bin& a, const Bin& b) { return a.cost > b.cost; });
+  std::stable_sort(bins.begin(), bins.end(), costlier);
 
   Plan plan(ranks);
   std::vector<double> loads(ranks, 0.0);
   std::vector<std::size_t> order(ranks);
   std::iota(order.begin(), order.end(), std::size_t{0});
-  for (std::size_t start = 0; start < bins.size(); start += ranks) {
+  for (auto round = bins.begin(); round != bins.end();) {
+    const auto next = round + static_cast<std::ptrdiff_t>(ranks);
+    even_out(round, next, lengths, costs, budget);
+    std::stable_sort(round, next, costlier);
     std::sort(order.begin(), order.end(), [&loads](std::size_t a, std::size_t b) {
       return std::make_pair(loads[a], a) < std::make_pair(loads[b], b);
     });
-    for (std::size_t i = 0; i < ranks; ++i) {
-      Bin& bin = bins[start + i];
-      loads[order[i]] += bin.cost;
-      plan[order[i]].push_back(std::move(bin.examples));
+    for (const std::size_t rank : order) {
+      std::sort(round->examples.begin(), round->examples.end());
+      loads[rank] += round->cost;
+      plan[rank].push_back(std::move(round->examples));
+      ++round;
     }
   }
   return plan;
@@ -484,7 +582,7 @@ Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& c
   std::vector<Bin> bins = spread(costs, lengths, costs, budget, count);
   if (bins.empty()) bins = spread(lengths, lengths, costs, budget, count);
   if (bins.empty()) bins = std::move(tight);
-  return deal(std::move(bins), world);
+  return deal(std::move(bins), lengths, costs, budget, world);
 }
 
 }  // namespace fastalign

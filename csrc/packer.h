@@ -93,8 +93,10 @@ class Ragged {
 using Plan = std::vector<std::vector<std::vector<std::int64_t>>>;
 
 // Spreads examples of lengths[i] tokens, which cost costs[i] each, over the ranks in packs of at
-// most `budget` tokens; a longer example gets a pack of its own. A function of its arguments alone,
-// so ranks that call it alike agree without a message, and so does a run that is resumed.
+// most `budget` tokens; a longer example gets a pack of its own. Packs that run at the same time
+// exchange single examples until their costs are even, as far as the budget allows. A function of
+// its arguments alone, so ranks that call it alike agree without a message, and so does a run that
+// is resumed.
 Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
           std::int64_t budget, std::int64_t ranks);
 

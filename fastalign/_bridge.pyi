@@ -103,9 +103,15 @@ def plan(
     First-fit decreasing finds how many packs there must be. The examples are then spread, longest
     first, over that number rounded up to a multiple of ``ranks``: evenly by cost, where that would
     break the budget evenly by tokens, and where that would too as first-fit has them. The packs are
-    dealt out to the ranks in rounds, so that the costs of two ranks never differ by more than two
-    packs of the same round do: by one pack at most, and by one example where packs are even by
-    cost. The result depends on the arguments alone, so ranks agree without a message.
+    dealt out to the ranks in rounds, costliest first. In each round single examples are moved from
+    its costliest pack to its cheapest, or swapped between these two, while their costs get closer:
+    until they differ by a thousandth at most, the budget allows no such exchange, or there were as
+    many as the round has examples.
+
+    The costs of two ranks never differ by more than two packs of the same round do. That is less
+    than the costliest example where the budget lets any example go to the cheaper pack. It is not
+    guaranteed where packs are full to the brim, and no plan could be where they hold one example
+    each. The result depends on the arguments alone, so ranks agree without a message.
 
     Args:
         lengths: int64 [E]; tokens of each example, from 1 to 2^31 - 1.

@@ -179,4 +179,10 @@ TEST(plans_by_cost) {
   CHECK((plan == fastalign::Plan{{{0}}, {{1, 2, 3, 4}}}));
 }
 
+TEST(swaps_single_examples_until_packs_are_even) {
+  // Longest first, they would be 5 3 2 | 4 4.
+  const auto plan = fastalign::plan({2, 4, 4, 5, 3}, {2, 4, 4, 5, 3}, 10, 2);
+  CHECK((plan == fastalign::Plan{{{0, 1, 4}}, {{2, 3}}}));
+}
+
 }  // namespace
