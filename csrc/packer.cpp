@@ -8,7 +8,9 @@
 #include <numeric>
 #include <queue>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #include "invalid_input.h"
@@ -414,6 +416,37 @@ Plan deal(std::vector<Bin> bins, const std::vector<std::int64_t>& lengths,
   return plan;
 }
 
+// What a plan costs ranks that wait for one another after each pack.
+double in_lockstep(const Plan& plan, const std::vector<double>& costs) {
+  double total = 0;
+  for (std::size_t step = 0; step < plan.front().size(); ++step) {
+    double most = 0;
+    for (const auto& rank : plan) {
+      double cost = 0;
+      for (const std::int64_t example : rank[step])
+        cost += costs[static_cast<std::size_t>(example)];
+      most = std::max(most, cost);
+    }
+    total += most;
+  }
+  return total;
+}
+
+// A plan of units as one of the examples that they are made of.
+Plan expanded(const Plan& plan, const std::vector<std::vector<std::int64_t>>& units) {
+  Plan made(plan.size());
+  for (std::size_t rank = 0; rank < plan.size(); ++rank) {
+    for (const auto& pack : plan[rank]) {
+      auto& examples = made[rank].emplace_back();
+      for (const std::int64_t unit : pack) {
+        const auto& members = units[static_cast<std::size_t>(unit)];
+        examples.insert(examples.end(), members.begin(), members.end());
+      }
+    }
+  }
+  return made;
+}
+
 }  // namespace
 
 Layout layout(const Sizes& sizes) {
@@ -430,7 +463,8 @@ Layout layout(const Sizes& sizes) {
 Ragged::Ragged(std::vector<SequenceView> streams, const std::vector<std::int64_t>& counts,
                std::vector<float> weights, bool share_prefixes)
     : streams_(std::move(streams)),
-      prefix_(counts.size()),
+      prompt_(counts.size()),
+      group_(counts.size()),
       tokens_(counts.size()),
       rows_(counts.size()),
       pairs_(counts.size()),
@@ -461,23 +495,29 @@ Ragged::Ragged(std::vector<SequenceView> streams, const std::vector<std::int64_t
     check(streams_[s], s);
     stream_rows_.push_back(count_trained(streams_[s]));
   }
+  std::unordered_map<std::string_view, std::size_t> prompts;
   for (std::size_t e = 0; e < examples; ++e) {
-    const std::size_t prefix = prefix_[e] = share_prefixes ? shared_prefix(e) : 0;
-    std::size_t tokens = prefix, rows = 0;
-    pairs_[e] = pairs_of(prefix, prefix);
+    const std::size_t prompt = prompt_[e] = share_prefixes ? measured_prompt(e) : 0;
+    group_[e] = e;
+    if (prompt > 0) {
+      const auto* bytes = reinterpret_cast<const char*>(streams_[first_[e]].input_ids);
+      const std::string_view key(bytes, prompt * sizeof(std::int32_t));
+      group_[e] = prompts.emplace(key, e).first->second;
+    }
+    std::size_t tokens = prompt, rows = 0;
+    pairs_[e] = pairs_of(prompt, prompt);
     for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
-      tokens += streams_[s].length - prefix;
+      tokens += streams_[s].length - prompt;
       rows += stream_rows_[s];
-      pairs_[e] += pairs_of(streams_[s].length - prefix, streams_[s].length);
+      pairs_[e] += pairs_of(streams_[s].length - prompt, streams_[s].length);
     }
     tokens_[e] = static_cast<std::int64_t>(tokens);
     rows_[e] = static_cast<std::int64_t>(rows);
   }
 }
 
-std::size_t Ragged::shared_prefix(std::size_t example) const {
+std::size_t Ragged::measured_prompt(std::size_t example) const {
   const SequenceView& model = streams_[first_[example]];
-  if (first_[example + 1] - first_[example] == 1) return 0;
   std::size_t shared = model.length - 1;
   for (std::size_t s = first_[example]; s < first_[example + 1]; ++s) {
     const SequenceView& other = streams_[s];
@@ -487,6 +527,20 @@ std::size_t Ragged::shared_prefix(std::size_t example) const {
                                       model.input_ids);
   }
   return shared;
+}
+
+// Calls visit(begin, end, streams, shared) for each run of examples that share a prompt, so many
+// streams and tokens of it; 0 tokens where there is one stream.
+template <typename Visit>
+void Ragged::each_run(const std::vector<std::int64_t>& examples, Visit visit) const {
+  for (std::size_t begin = 0, end = 0; begin < examples.size(); begin = end) {
+    const std::size_t group = group_[checked(examples, begin)];
+    std::size_t streams = 0;
+    for (; end < examples.size() && group_[checked(examples, end)] == group; ++end) {
+      streams += streams_of(static_cast<std::size_t>(examples[end]));
+    }
+    visit(begin, end, streams, streams > 1 ? prompt_[group] : 0);
+  }
 }
 
 std::size_t Ragged::checked(const std::vector<std::int64_t>& examples, std::size_t position) const {
@@ -501,22 +555,26 @@ std::size_t Ragged::checked(const std::vector<std::int64_t>& examples, std::size
 Sizes Ragged::sizes(const std::vector<std::int64_t>& examples) const {
   Sizes sizes;
   sizes.records = examples.size();
-  for (std::size_t i = 0; i < examples.size(); ++i) {
-    const std::size_t e = checked(examples, i);
-    const std::size_t streams = first_[e + 1] - first_[e];
-    const auto tokens = static_cast<std::size_t>(tokens_[e]);
-    sizes.streams += streams;
-    sizes.segments += streams + (prefix_[e] > 0);
-    sizes.tokens += tokens;
-    // Every stream has the shared tokens as keys once more.
-    sizes.keys += tokens + streams * prefix_[e];
-    sizes.rows += static_cast<std::size_t>(rows_[e]);
-    if (sizes.keys > static_cast<std::uint64_t>(kMaxTokens)) {
-      throw InvalidInput("the pack has " + std::to_string(sizes.keys) + " tokens by " +
-                         item("examples", i) + "; at most " + std::to_string(kMaxTokens) +
-                         " fit in int32 cu_seqlens");
-    }
-  }
+  each_run(examples,
+           [&](std::size_t begin, std::size_t end, std::size_t streams, std::size_t shared) {
+             sizes.streams += streams;
+             sizes.segments += streams + (shared > 0);
+             sizes.tokens += shared;
+             // Every stream has the shared tokens as keys once more.
+             sizes.keys += shared + streams * shared;
+             for (std::size_t i = begin; i < end; ++i) {
+               const auto e = static_cast<std::size_t>(examples[i]);
+               const std::size_t tokens = static_cast<std::size_t>(tokens_[e]) - shared;
+               sizes.tokens += tokens;
+               sizes.keys += tokens;
+               sizes.rows += static_cast<std::size_t>(rows_[e]);
+               if (sizes.keys > static_cast<std::uint64_t>(kMaxTokens)) {
+                 throw InvalidInput("the pack has " + std::to_string(sizes.keys) + " tokens by " +
+                                    item("examples", i) + "; at most " +
+                                    std::to_string(kMaxTokens) + " fit in int32 cu_seqlens");
+               }
+             }
+           });
   return sizes;
 }
 
@@ -539,17 +597,78 @@ void Ragged::fill(const std::vector<std::int64_t>& examples, unsigned char* memo
   });
 
   Writer write(out, wanted.keys != wanted.tokens);
-  for (std::int64_t example : examples) {
-    const auto e = static_cast<std::size_t>(example);
-    const std::size_t shared = prefix_[e];
+  each_run(examples, [&](std::size_t begin, std::size_t end, std::size_t, std::size_t shared) {
     const std::size_t prefix = write.tokens();
-    write.begin_record(weights_[e]);
-    if (shared > 0) write.segment(streams_[first_[e]], first_[e], 0, shared, prefix);
-    for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
-      write.segment(streams_[s], s, shared, streams_[s].length, prefix);
-      write.stream(streams_[s], s, shared, prefix, stream_rows_[s]);
+    for (std::size_t i = begin; i < end; ++i) {
+      const auto e = static_cast<std::size_t>(examples[i]);
+      write.begin_record(weights_[e]);
+      if (shared > 0 && i == begin)
+        write.segment(streams_[first_[e]], first_[e], 0, shared, prefix);
+      for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
+        write.segment(streams_[s], s, shared, streams_[s].length, prefix);
+        write.stream(streams_[s], s, shared, prefix, stream_rows_[s]);
+      }
+    }
+  });
+}
+
+Ragged::Units Ragged::units(const std::vector<std::vector<std::int64_t>>& groups,
+                            std::int64_t budget, std::int64_t most, const Prices& prices) const {
+  Units units;
+  for (const auto& group : groups) {
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      const auto e = static_cast<std::size_t>(group[i]);
+      const auto prompt = static_cast<std::int64_t>(prompt_[e]);
+      std::int64_t tokens = tokens_[e];
+      double pairs = pairs_[e];
+      if (i > 0 && units.lengths.back() + tokens - prompt <= std::min(budget, prompt + most)) {
+        tokens -= prompt;
+        pairs -= pairs_of(prompt_[e], prompt_[e]);
+      } else {
+        units.examples.emplace_back();
+        units.lengths.push_back(0);
+        units.costs.push_back(0);
+      }
+      units.examples.back().push_back(group[i]);
+      units.lengths.back() += tokens;
+      units.costs.back() += prices.token * static_cast<double>(tokens) + prices.pair * pairs +
+                            prices.row * static_cast<double>(rows_[e]);
     }
   }
+  return units;
+}
+
+Plan Ragged::plan(std::int64_t budget, std::int64_t ranks, const Prices& prices) const {
+  std::vector<std::vector<std::int64_t>> groups(tokens_.size());
+  std::int64_t total = 0;
+  bool shares = false;
+  for (std::size_t e = 0; e < tokens_.size(); ++e) {
+    auto& group = groups[group_[e]];
+    if (!group.empty()) {
+      total -= static_cast<std::int64_t>(prompt_[e]);
+      shares = true;
+    }
+    total += tokens_[e];
+    group.push_back(static_cast<std::int64_t>(e));
+  }
+
+  // Large units leave packs half empty, or ranks with nothing to do; every part of a group that is
+  // cut costs a prompt. What is best is found by trying, from whole groups to none: the fewest
+  // steps, and of these the least cost.
+  const std::int64_t fair = std::min(budget, total / std::max<std::int64_t>(ranks, 1));
+  Plan best;
+  std::pair<std::size_t, double> least;
+  for (const std::int64_t most : {fair, fair / 2, fair / 4, fair / 8, std::int64_t{0}}) {
+    const Units made = units(groups, budget, most, prices);
+    const Plan spread = fastalign::plan(made.lengths, made.costs, budget, ranks);
+    const auto takes = std::make_pair(spread.front().size(), in_lockstep(spread, made.costs));
+    if (best.empty() || takes < least) {
+      least = takes;
+      best = expanded(spread, made.examples);
+    }
+    if (!shares) break;
+  }
+  return best;
 }
 
 Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
