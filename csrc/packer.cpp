@@ -8,7 +8,9 @@
 #include <numeric>
 #include <queue>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #include "invalid_input.h"
@@ -212,6 +214,16 @@ struct Bin {
     cost += price;
     examples.push_back(static_cast<std::int64_t>(example));
   }
+
+  // Adds up anew what it holds.
+  void measure(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs) {
+    tokens = 0;
+    cost = 0;
+    for (const std::int64_t example : examples) {
+      tokens += lengths[static_cast<std::size_t>(example)];
+      cost += costs[static_cast<std::size_t>(example)];
+    }
+  }
 };
 
 template <typename T>
@@ -288,32 +300,151 @@ std::vector<Bin> spread(const std::vector<T>& loads, const std::vector<std::int6
   return filled;
 }
 
-// Deals the bins out in rounds, from the costliest down: of the next `ranks` bins the costliest
-// goes to the rank with the least to do, and so on. A round changes the difference of two ranks by
-// at most what its bins differ by, and towards 0 or past it, so in the end no two ranks differ by
-// more than the costliest and the cheapest bin of some round. The ranks step in lockstep, so it
-// also matters that bins of one round are alike.
-Plan deal(std::vector<Bin> bins, std::size_t ranks) {
-  for (Bin& bin : bins) std::sort(bin.examples.begin(), bin.examples.end());
+// One example for another, or for none, between two bins.
+class Exchange {
+ public:
+  // The one after which their costs differ least, of those that the budget allows. Between `from`,
+  // the costlier one, and `to`.
+  Exchange(const Bin& from, const Bin& to, const std::vector<std::int64_t>& lengths,
+           const std::vector<double>& costs, std::int64_t budget)
+      : difference_(from.cost - to.cost), left_(difference_) {
+    // Those that may come back by what they cost, and nothing, which is cheapest.
+    std::vector<Item> back{{0, 0, kNothing}};
+    for (std::size_t i = 0; i < to.examples.size(); ++i) {
+      const auto e = static_cast<std::size_t>(to.examples[i]);
+      back.push_back({costs[e], lengths[e], i});
+    }
+    std::stable_sort(back.begin(), back.end(),
+                     [](const Item& a, const Item& b) { return a.cost < b.cost; });
+    for (std::size_t i = 0; i < from.examples.size(); ++i) {
+      const auto e = static_cast<std::size_t>(from.examples[i]);
+      const auto look = [&](const Item& item) {
+        const double left = std::abs(difference_ - 2 * (costs[e] - item.cost));
+        if (!(left < left_)) return false;
+        const std::int64_t moved = lengths[e] - item.length;
+        if (to.tokens + moved > budget || from.tokens - moved > budget) return true;
+        left_ = left;
+        given_ = i;
+        taken_ = item.place;
+        return false;
+      };
+      // From the best one outwards, until what is found is no better than what was.
+      const auto middle =
+          std::lower_bound(back.begin(), back.end(), costs[e] - difference_ / 2,
+                           [](const Item& item, double cost) { return item.cost < cost; });
+      for (auto item = middle; item != back.end() && look(*item);) ++item;
+      for (auto item = middle; item != back.begin() && look(*--item);) continue;
+    }
+  }
+
+  // Whether there is one.
+  explicit operator bool() const { return left_ < difference_; }
+
+  void apply(Bin& from, Bin& to) const {
+    auto& given = from.examples[given_];
+    if (taken_ == kNothing) {
+      to.examples.push_back(given);
+      from.examples.erase(from.examples.begin() + static_cast<std::ptrdiff_t>(given_));
+    } else {
+      std::swap(given, to.examples[taken_]);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kNothing = std::numeric_limits<std::size_t>::max();
+  struct Item {
+    double cost;
+    std::int64_t length;
+    std::size_t place;
+  };
+
+  double difference_, left_;  // before and after
+  std::size_t given_ = 0, taken_ = kNothing;
+};
+
+// Bins whose costs differ by less than this share are as good as even: a cost is an estimate.
+constexpr double kEven = 1e-3;
+
+// Moves or swaps single examples between the costliest and the cheapest of the bins in [begin, end)
+// for as long as that brings these two closer, and no more often than there are examples.
+void even_out(std::vector<Bin>::iterator begin, std::vector<Bin>::iterator end,
+              const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
+              std::int64_t budget) {
+  std::size_t exchanges = 0;
+  for (auto bin = begin; bin != end; ++bin) exchanges += bin->examples.size();
+  for (; exchanges > 0; --exchanges) {
+    const auto [to, from] =
+        std::minmax_element(begin, end, [](const Bin& a, const Bin& b) { return a.cost < b.cost; });
+    if (from->cost - to->cost <= kEven * from->cost) return;
+    const Exchange best(*from, *to, lengths, costs, budget);
+    if (!best) return;
+    best.apply(*from, *to);
+    from->measure(lengths, costs);
+    to->measure(lengths, costs);
+  }
+}
+
+// Deals the bins out in rounds, from the costliest down, evening out each round before: of the next
+// `ranks` bins the costliest goes to the rank with the least to do, and so on. A round changes the
+// difference of two ranks by at most what its bins differ by, and towards 0 or past it, so in the
+// end no two ranks differ by more than the costliest and the cheapest bin of some round. The ranks
+// step in lockstep, so it also matters that bins of one round are alike.
+Plan deal(std::vector<Bin> bins, const std::vector<std::int64_t>& lengths,
+          const std::vector<double>& costs, std::int64_t budget, std::size_t ranks) {
+  const auto costlier = [](const Bin& a, const Bin& b) { return a.cost > b.cost; };
   bins.resize((bins.size() + ranks - 1) / ranks * ranks);
-  std::stable_sort(bins.begin(), bins.end(),
-                   [](const Bin& a, const Bin& b) { return a.cost > b.cost; });
+  std::stable_sort(bins.begin(), bins.end(), costlier);
 
   Plan plan(ranks);
   std::vector<double> loads(ranks, 0.0);
   std::vector<std::size_t> order(ranks);
   std::iota(order.begin(), order.end(), std::size_t{0});
-  for (std::size_t start = 0; start < bins.size(); start += ranks) {
+  for (auto round = bins.begin(); round != bins.end();) {
+    const auto next = round + static_cast<std::ptrdiff_t>(ranks);
+    even_out(round, next, lengths, costs, budget);
+    std::stable_sort(round, next, costlier);
     std::sort(order.begin(), order.end(), [&loads](std::size_t a, std::size_t b) {
       return std::make_pair(loads[a], a) < std::make_pair(loads[b], b);
     });
-    for (std::size_t i = 0; i < ranks; ++i) {
-      Bin& bin = bins[start + i];
-      loads[order[i]] += bin.cost;
-      plan[order[i]].push_back(std::move(bin.examples));
+    for (const std::size_t rank : order) {
+      std::sort(round->examples.begin(), round->examples.end());
+      loads[rank] += round->cost;
+      plan[rank].push_back(std::move(round->examples));
+      ++round;
     }
   }
   return plan;
+}
+
+// What a plan costs ranks that wait for one another after each pack.
+double in_lockstep(const Plan& plan, const std::vector<double>& costs) {
+  double total = 0;
+  for (std::size_t step = 0; step < plan.front().size(); ++step) {
+    double most = 0;
+    for (const auto& rank : plan) {
+      double cost = 0;
+      for (const std::int64_t example : rank[step])
+        cost += costs[static_cast<std::size_t>(example)];
+      most = std::max(most, cost);
+    }
+    total += most;
+  }
+  return total;
+}
+
+// A plan of units as one of the examples that they are made of.
+Plan expanded(const Plan& plan, const std::vector<std::vector<std::int64_t>>& units) {
+  Plan made(plan.size());
+  for (std::size_t rank = 0; rank < plan.size(); ++rank) {
+    for (const auto& pack : plan[rank]) {
+      auto& examples = made[rank].emplace_back();
+      for (const std::int64_t unit : pack) {
+        const auto& members = units[static_cast<std::size_t>(unit)];
+        examples.insert(examples.end(), members.begin(), members.end());
+      }
+    }
+  }
+  return made;
 }
 
 }  // namespace
@@ -332,7 +463,8 @@ Layout layout(const Sizes& sizes) {
 Ragged::Ragged(std::vector<SequenceView> streams, const std::vector<std::int64_t>& counts,
                std::vector<float> weights, bool share_prefixes)
     : streams_(std::move(streams)),
-      prefix_(counts.size()),
+      prompt_(counts.size()),
+      group_(counts.size()),
       tokens_(counts.size()),
       rows_(counts.size()),
       pairs_(counts.size()),
@@ -363,23 +495,29 @@ Ragged::Ragged(std::vector<SequenceView> streams, const std::vector<std::int64_t
     check(streams_[s], s);
     stream_rows_.push_back(count_trained(streams_[s]));
   }
+  std::unordered_map<std::string_view, std::size_t> prompts;
   for (std::size_t e = 0; e < examples; ++e) {
-    const std::size_t prefix = prefix_[e] = share_prefixes ? shared_prefix(e) : 0;
-    std::size_t tokens = prefix, rows = 0;
-    pairs_[e] = pairs_of(prefix, prefix);
+    const std::size_t prompt = prompt_[e] = share_prefixes ? measured_prompt(e) : 0;
+    group_[e] = e;
+    if (prompt > 0) {
+      const auto* bytes = reinterpret_cast<const char*>(streams_[first_[e]].input_ids);
+      const std::string_view key(bytes, prompt * sizeof(std::int32_t));
+      group_[e] = prompts.emplace(key, e).first->second;
+    }
+    std::size_t tokens = prompt, rows = 0;
+    pairs_[e] = pairs_of(prompt, prompt);
     for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
-      tokens += streams_[s].length - prefix;
+      tokens += streams_[s].length - prompt;
       rows += stream_rows_[s];
-      pairs_[e] += pairs_of(streams_[s].length - prefix, streams_[s].length);
+      pairs_[e] += pairs_of(streams_[s].length - prompt, streams_[s].length);
     }
     tokens_[e] = static_cast<std::int64_t>(tokens);
     rows_[e] = static_cast<std::int64_t>(rows);
   }
 }
 
-std::size_t Ragged::shared_prefix(std::size_t example) const {
+std::size_t Ragged::measured_prompt(std::size_t example) const {
   const SequenceView& model = streams_[first_[example]];
-  if (first_[example + 1] - first_[example] == 1) return 0;
   std::size_t shared = model.length - 1;
   for (std::size_t s = first_[example]; s < first_[example + 1]; ++s) {
     const SequenceView& other = streams_[s];
@@ -389,6 +527,20 @@ std::size_t Ragged::shared_prefix(std::size_t example) const {
                                       model.input_ids);
   }
   return shared;
+}
+
+// Calls visit(begin, end, streams, shared) for each run of examples that share a prompt, so many
+// streams and tokens of it; 0 tokens where there is one stream.
+template <typename Visit>
+void Ragged::each_run(const std::vector<std::int64_t>& examples, Visit visit) const {
+  for (std::size_t begin = 0, end = 0; begin < examples.size(); begin = end) {
+    const std::size_t group = group_[checked(examples, begin)];
+    std::size_t streams = 0;
+    for (; end < examples.size() && group_[checked(examples, end)] == group; ++end) {
+      streams += streams_of(static_cast<std::size_t>(examples[end]));
+    }
+    visit(begin, end, streams, streams > 1 ? prompt_[group] : 0);
+  }
 }
 
 std::size_t Ragged::checked(const std::vector<std::int64_t>& examples, std::size_t position) const {
@@ -403,22 +555,26 @@ std::size_t Ragged::checked(const std::vector<std::int64_t>& examples, std::size
 Sizes Ragged::sizes(const std::vector<std::int64_t>& examples) const {
   Sizes sizes;
   sizes.records = examples.size();
-  for (std::size_t i = 0; i < examples.size(); ++i) {
-    const std::size_t e = checked(examples, i);
-    const std::size_t streams = first_[e + 1] - first_[e];
-    const auto tokens = static_cast<std::size_t>(tokens_[e]);
-    sizes.streams += streams;
-    sizes.segments += streams + (prefix_[e] > 0);
-    sizes.tokens += tokens;
-    // Every stream has the shared tokens as keys once more.
-    sizes.keys += tokens + streams * prefix_[e];
-    sizes.rows += static_cast<std::size_t>(rows_[e]);
-    if (sizes.keys > static_cast<std::uint64_t>(kMaxTokens)) {
-      throw InvalidInput("the pack has " + std::to_string(sizes.keys) + " tokens by " +
-                         item("examples", i) + "; at most " + std::to_string(kMaxTokens) +
-                         " fit in int32 cu_seqlens");
-    }
-  }
+  each_run(examples,
+           [&](std::size_t begin, std::size_t end, std::size_t streams, std::size_t shared) {
+             sizes.streams += streams;
+             sizes.segments += streams + (shared > 0);
+             sizes.tokens += shared;
+             // Every stream has the shared tokens as keys once more.
+             sizes.keys += shared + streams * shared;
+             for (std::size_t i = begin; i < end; ++i) {
+               const auto e = static_cast<std::size_t>(examples[i]);
+               const std::size_t tokens = static_cast<std::size_t>(tokens_[e]) - shared;
+               sizes.tokens += tokens;
+               sizes.keys += tokens;
+               sizes.rows += static_cast<std::size_t>(rows_[e]);
+               if (sizes.keys > static_cast<std::uint64_t>(kMaxTokens)) {
+                 throw InvalidInput("the pack has " + std::to_string(sizes.keys) + " tokens by " +
+                                    item("examples", i) + "; at most " +
+                                    std::to_string(kMaxTokens) + " fit in int32 cu_seqlens");
+               }
+             }
+           });
   return sizes;
 }
 
@@ -441,17 +597,78 @@ void Ragged::fill(const std::vector<std::int64_t>& examples, unsigned char* memo
   });
 
   Writer write(out, wanted.keys != wanted.tokens);
-  for (std::int64_t example : examples) {
-    const auto e = static_cast<std::size_t>(example);
-    const std::size_t shared = prefix_[e];
+  each_run(examples, [&](std::size_t begin, std::size_t end, std::size_t, std::size_t shared) {
     const std::size_t prefix = write.tokens();
-    write.begin_record(weights_[e]);
-    if (shared > 0) write.segment(streams_[first_[e]], first_[e], 0, shared, prefix);
-    for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
-      write.segment(streams_[s], s, shared, streams_[s].length, prefix);
-      write.stream(streams_[s], s, shared, prefix, stream_rows_[s]);
+    for (std::size_t i = begin; i < end; ++i) {
+      const auto e = static_cast<std::size_t>(examples[i]);
+      write.begin_record(weights_[e]);
+      if (shared > 0 && i == begin)
+        write.segment(streams_[first_[e]], first_[e], 0, shared, prefix);
+      for (std::size_t s = first_[e]; s < first_[e + 1]; ++s) {
+        write.segment(streams_[s], s, shared, streams_[s].length, prefix);
+        write.stream(streams_[s], s, shared, prefix, stream_rows_[s]);
+      }
+    }
+  });
+}
+
+Ragged::Units Ragged::units(const std::vector<std::vector<std::int64_t>>& groups,
+                            std::int64_t budget, std::int64_t most, const Prices& prices) const {
+  Units units;
+  for (const auto& group : groups) {
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      const auto e = static_cast<std::size_t>(group[i]);
+      const auto prompt = static_cast<std::int64_t>(prompt_[e]);
+      std::int64_t tokens = tokens_[e];
+      double pairs = pairs_[e];
+      if (i > 0 && units.lengths.back() + tokens - prompt <= std::min(budget, prompt + most)) {
+        tokens -= prompt;
+        pairs -= pairs_of(prompt_[e], prompt_[e]);
+      } else {
+        units.examples.emplace_back();
+        units.lengths.push_back(0);
+        units.costs.push_back(0);
+      }
+      units.examples.back().push_back(group[i]);
+      units.lengths.back() += tokens;
+      units.costs.back() += prices.token * static_cast<double>(tokens) + prices.pair * pairs +
+                            prices.row * static_cast<double>(rows_[e]);
     }
   }
+  return units;
+}
+
+Plan Ragged::plan(std::int64_t budget, std::int64_t ranks, const Prices& prices) const {
+  std::vector<std::vector<std::int64_t>> groups(tokens_.size());
+  std::int64_t total = 0;
+  bool shares = false;
+  for (std::size_t e = 0; e < tokens_.size(); ++e) {
+    auto& group = groups[group_[e]];
+    if (!group.empty()) {
+      total -= static_cast<std::int64_t>(prompt_[e]);
+      shares = true;
+    }
+    total += tokens_[e];
+    group.push_back(static_cast<std::int64_t>(e));
+  }
+
+  // Large units leave packs half empty, or ranks with nothing to do; every part of a group that is
+  // cut costs a prompt. What is best is found by trying, from whole groups to none: the fewest
+  // steps, and of these the least cost.
+  const std::int64_t fair = std::min(budget, total / std::max<std::int64_t>(ranks, 1));
+  Plan best;
+  std::pair<std::size_t, double> least;
+  for (const std::int64_t most : {fair, fair / 2, fair / 4, fair / 8, std::int64_t{0}}) {
+    const Units made = units(groups, budget, most, prices);
+    const Plan spread = fastalign::plan(made.lengths, made.costs, budget, ranks);
+    const auto takes = std::make_pair(spread.front().size(), in_lockstep(spread, made.costs));
+    if (best.empty() || takes < least) {
+      least = takes;
+      best = expanded(spread, made.examples);
+    }
+    if (!shares) break;
+  }
+  return best;
 }
 
 Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& costs,
@@ -484,7 +701,7 @@ Plan plan(const std::vector<std::int64_t>& lengths, const std::vector<double>& c
   std::vector<Bin> bins = spread(costs, lengths, costs, budget, count);
   if (bins.empty()) bins = spread(lengths, lengths, costs, budget, count);
   if (bins.empty()) bins = std::move(tight);
-  return deal(std::move(bins), world);
+  return deal(std::move(bins), lengths, costs, budget, world);
 }
 
 }  // namespace fastalign

@@ -13,8 +13,10 @@ class Ragged:
 
     A pack is cut into segments: the tokens of a segment are the queries of one attention call, and
     its keys are all tokens of its stream so far. A stream is one segment. With ``share_prefixes``
-    the longest common prefix of an example's streams lies in the pack once, as a segment of its own
-    before theirs. It ends before the first trained token of any of them and leaves each a token.
+    the prompt of an example, the longest common prefix of its streams, lies in the pack once, as a
+    segment of its own before theirs. It ends before the first trained token of any of them and
+    leaves each a token. Examples of the same prompt share it where they follow one another in a
+    pack. Nothing behind the prompt is shared, also not where streams are the same.
 
     The arrays are borrowed, not copied. A buffer other than a numpy array serves as well.
 
@@ -24,7 +26,7 @@ class Ragged:
             stream s is trained on. Entry 0 is false: no token predicts the first one.
         counts: int64 [E]; how many of the streams each example takes, 1 or more, S in all.
         weights: float32 [E]; weight of each example.
-        share_prefixes: whether examples of several streams share prefixes.
+        share_prefixes: whether streams share the prompts of their examples.
 
     Raises:
         TypeError: an item has no buffer (a list, a tensor).
@@ -42,7 +44,7 @@ class Ragged:
     ) -> None: ...
     @property
     def tokens(self) -> NDArray[np.int64]:
-        """[E] tokens of each example in a pack, shared ones counted once."""
+        """[E] tokens of each example alone in a pack, shared ones counted once."""
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -50,7 +52,31 @@ class Ragged:
 
     @property
     def pairs(self) -> NDArray[np.float64]:
-        """[E] pairs of query and key that causal attention computes."""
+        """[E] pairs of query and key that causal attention computes for each example alone."""
+
+    def plan(
+        self, budget: int, ranks: int, token: float, pair: float, row: float
+    ) -> list[list[list[int]]]:
+        """Group the examples into packs of at most ``budget`` tokens, as many on every rank.
+
+        As :func:`plan` does it, with the examples of one prompt as one: whole, cut at the borders
+        of examples where they hold more behind the prompt than a fair share of a pack, a half, a
+        quarter or an eighth of it, or each by itself. Of these five plans it is the one with the
+        fewest steps, and of those the one that costs least where ranks wait for one another after
+        every pack. So sharing never takes a step more than planning each example by itself.
+
+        Args:
+            budget: most tokens in a pack. An example with more has a pack of its own.
+            ranks: number of ranks.
+            token, pair, row: what a token, a pair of query and key, and a row cost, in any unit.
+
+        Returns:
+            By rank, by pack, example indices, as :func:`plan` does; those of one prompt lie side by
+            side, in ascending order.
+
+        Raises:
+            ValueError: a value out of range, or costs that are negative or not finite.
+        """
 
     def layout(self, examples: NDArray[np.int64]) -> tuple[int, list[tuple[str, str, int, int]]]:
         """The bytes that a pack of these examples takes, and its arrays in them.
@@ -103,9 +129,15 @@ def plan(
     First-fit decreasing finds how many packs there must be. The examples are then spread, longest
     first, over that number rounded up to a multiple of ``ranks``: evenly by cost, where that would
     break the budget evenly by tokens, and where that would too as first-fit has them. The packs are
-    dealt out to the ranks in rounds, so that the costs of two ranks never differ by more than two
-    packs of the same round do: by one pack at most, and by one example where packs are even by
-    cost. The result depends on the arguments alone, so ranks agree without a message.
+    dealt out to the ranks in rounds, costliest first. In each round single examples are moved from
+    its costliest pack to its cheapest, or swapped between these two, while their costs get closer:
+    until they differ by a thousandth at most, the budget allows no such exchange, or there were as
+    many as the round has examples.
+
+    The costs of two ranks never differ by more than two packs of the same round do. That is less
+    than the costliest example where the budget lets any example go to the cheaper pack. It is not
+    guaranteed where packs are full to the brim, and no plan could be where they hold one example
+    each. The result depends on the arguments alone, so ranks agree without a message.
 
     Args:
         lengths: int64 [E]; tokens of each example, from 1 to 2^31 - 1.

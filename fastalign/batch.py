@@ -37,8 +37,9 @@ class Batch:
     head.
 
     The tokens of a segment are the queries of one attention call; its keys are all tokens of its
-    stream so far.  A stream is one segment, unless the streams of an example share their prefix:
-    that is then a segment of its own in front of theirs, whose keys begin with it.
+    stream so far.  A stream is one segment, unless the streams of an example, or of several of one
+    prompt, share their prefix: that is then a segment of its own in front of theirs, whose keys
+    begin with it.
 
     Attributes:
         input_ids: int64 [T].
@@ -141,8 +142,9 @@ class Packer:
 
     Args:
         examples: E examples; their streams stay together and in order.
-        share_prefixes: let the streams of an example share their longest common prefix, which the
-            pack then holds once.  It ends before the first target of any of them.
+        share_prefixes: let the streams of an example share their prompt, which the pack then holds
+            once: their longest common prefix, which ends before the first target of any of them.
+            Examples of the same prompt are planned together and share it too.
     """
 
     def __init__(self, examples: Sequence[Example], share_prefixes: bool = False) -> None:
@@ -164,10 +166,8 @@ class Packer:
     def plan(
         self, micro_batch_tokens: int, world_size: int, cost: Cost = BY_TOKENS
     ) -> list[list[list[int]]]:
-        """Example indices by rank, by pack; see :func:`_bridge.plan`."""
-        ragged = self._ragged
-        costs = cost.token * ragged.tokens + cost.pair * ragged.pairs + cost.row * ragged.rows
-        return _bridge.plan(ragged.tokens, costs, micro_batch_tokens, world_size)
+        """Example indices by rank, by pack; see :meth:`_bridge.Ragged.plan`."""
+        return self._ragged.plan(micro_batch_tokens, world_size, cost.token, cost.pair, cost.row)
 
     def pack(self, indices: Sequence[int]) -> Batch:
         """The examples with these indices, in this order, as one pack."""

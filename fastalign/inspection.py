@@ -28,6 +28,7 @@ from fastalign.methods import make_method
 from fastalign.methods.cut import Cut
 from fastalign.model import load_policy, load_tokenizer, resolve_adapter, resolve_dtype
 from fastalign.templates import Renderer
+from fastalign.timeline import Operations
 from fastalign.train import (
     check_forward,
     dropping,
@@ -188,8 +189,9 @@ def score(
         Example(example.streams, example.weight, str(i)) for i, example in enumerate(examples)
     ]
     found: dict[int, Scores] = {}
+    cost = Operations(policy).cost(method.needs_reference)
     for batch in plan_batches(
-        numbered, method.config.micro_batch_tokens, 0, 1, share_prefixes=policy.shares
+        numbered, method.config.micro_batch_tokens, 0, 1, cost, share_prefixes=policy.shares
     ):
         batch = batch.to(device)
         logprob, flagged = policy(batch, loss=values)

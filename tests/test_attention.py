@@ -40,13 +40,15 @@ def layout(groups: Groups) -> tuple[list[int], list[int]]:
 
 
 def segments_of(groups: Groups) -> Segments:
-    """Of a pack in which each group is an example, its streams sharing the prompt."""
+    """Of a pack in which the first two of a group are an example, and the others one each."""
     examples = []
     for g, (prompt, responses) in enumerate(groups):
         begin = np.full(prompt, 2 * g, dtype=np.int32)
         # The streams differ from their first token on.
         ends = [np.full(n, 100 + i, dtype=np.int32) for i, n in enumerate(responses)]
-        examples.append(Example(tuple(Stream.of("x", begin, end) for end in ends), 1.0, ""))
+        streams = tuple(Stream.of("x", begin, end) for end in ends)
+        parts = [streams[:2], *((stream,) for stream in streams[2:])]
+        examples += [Example(part, 1.0, "") for part in parts]
     return Segments.of(make_batch(examples, share_prefixes=True))
 
 

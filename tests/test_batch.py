@@ -212,10 +212,29 @@ def test_rows_of_the_head_count_as_well():
 
 def test_a_shared_prompt_counts_once_in_the_plan():
     examples = [
-        Example(tuple(stream("plain", [7] * 50, [i]) for i in range(4)), 1.0, "") for _ in range(4)
+        Example(tuple(stream("plain", [7 + e] * 50, [i]) for i in range(4)), 1.0, "")
+        for e in range(4)
     ]
     assert len(plan_batches(examples, 216, 0, 1)) == 4
     assert [b.num_tokens for b in plan_batches(examples, 216, 0, 1, share_prefixes=True)] == [216]
+
+
+def test_examples_of_one_prompt_share_it_wherever_they_are_in_a_batch():
+    """Answers to four prompts in turns; losses see records, streams and weights as ever."""
+    examples = [
+        Example((stream("plain", [p] * 50, [10 + turn]),), turn + p / 8, f"{p} {turn}")
+        for turn in range(3)
+        for p in range(4)
+    ]
+    (apart,) = plan_batches(examples, 1000, 0, 1)
+    (shared,) = plan_batches(examples, 1000, 0, 1, share_prefixes=True)
+    assert apart.num_tokens == 12 * 51 and shared.num_tokens == 4 * 50 + 12
+    assert shared.sources == tuple(f"{p} {turn}" for p in range(4) for turn in range(3))
+    assert shared.records.tolist() == list(range(12)) and shared.streams.tolist() == list(range(12))
+    assert shared.weights.tolist() == [turn + p / 8 for p in range(4) for turn in range(3)]
+    assert shared.targets.tolist() == [10, 11, 12] * 4
+    packs = [plan_batches(examples, 120, rank, 2, share_prefixes=True) for rank in (0, 1)]
+    assert [[b.num_tokens for b in mine] for mine in packs] == [[106], [106]]
 
 
 def test_a_resumed_run_cuts_the_same_packs(tmp_path):

@@ -4,7 +4,8 @@ on the kinds of models that users bring."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from support import distance, recipe, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from fastalign.attention import PACKED_ATTENTION
-from fastalign.batch import Batch, make_batch
-from fastalign.config import ConfigError
+from fastalign.batch import Batch, make_batch, plan_batches
+from fastalign.config import ConfigError, parse_config
 from fastalign.data import Example, Stream
 from fastalign.logprobs import (
     Policy,
@@ -28,6 +29,7 @@ from fastalign.logprobs import (
     probe_batch,
     probe_streams,
 )
+from fastalign.methods.dpo import Dpo
 from fastalign.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
@@ -189,11 +191,13 @@ def test_a_model_that_mixes_its_sequences_is_run_one_by_one(monkeypatch, attenti
 
 
 def begin_alike() -> list[Example]:
-    """Two pairs and four answers to one prompt, and a sequence that shares nothing."""
-    parts = [(11, (5, 9)), (3, (1, 8)), (17, (6, 1, 12, 4))]
-    examples = [probe_streams(VOCABULARY, n, rest, seed=n) for n, rest in parts]
+    """Two pairs and four answers to one prompt, a sequence that shares nothing, and a pair and two
+    answers to one prompt in examples of their own."""
+    parts = [(11, (5, 9)), (3, (1, 8)), (17, (6, 1, 12, 4)), (9, (7, 2, 10, 1))]
+    *examples, group = (probe_streams(VOCABULARY, n, rest, seed=n) for n, rest in parts)
     whole = probe_streams(VOCABULARY, 6, (7,), seed=1)
-    return [examples[0], whole, *examples[1:]]
+    members = [Example(group.streams[a:b], a + 1.0, "") for a, b in ((0, 2), (2, 3), (3, 4))]
+    return [examples[0], whole, *examples[1:], *members]
 
 
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -217,7 +221,7 @@ def test_a_shared_prompt_changes_no_value_and_no_gradient(family, kind):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     apart, shared = (make_batch(begin_alike(), share) for share in (False, True))
-    assert shared.num_tokens == apart.num_tokens - 11 - 3 - 3 * 17
+    assert shared.num_tokens == apart.num_tokens - 11 - 3 - 3 * 17 - 3 * 9
     weights = torch.linspace(-1, 2, len(apart.targets), dtype=torch.float64)
     values, gradients = [], []
     for batch in (apart, shared):
@@ -229,6 +233,46 @@ def test_a_shared_prompt_changes_no_value_and_no_gradient(family, kind):
     torch.testing.assert_close(values[1], values[0], **close)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, **close)
+
+
+@pytest.mark.parametrize(("budget", "world_size"), [(10_000, 1), (90, 1), (60, 2), (1, 3)])
+def test_the_loss_of_pairs_of_one_prompt_does_not_depend_on_the_cut(tmp_path, budget, world_size):
+    """Every pair of four answers to each of three prompts, out of order."""
+    keys = {"method": "dpo", "model_name_or_path": "model", "datasets": [{"path": "a.jsonl"}]}
+    method = Dpo(parse_config(keys | {"output_dir": str(tmp_path)}))
+    prompts = [probe_streams(VOCABULARY, n, (6, 1, 12, 4), seed=n).streams for n in (20, 7, 11)]
+    examples = [
+        Example((replace(p[a], role="chosen"), replace(p[b], role="rejected")), a + 0.5, "")
+        for a, b in combinations(range(4), 2)
+        for p in prompts
+    ]
+    policy = Policy(tiny("GPT2", **NO_DROPOUT).double())
+    assert check_packing(policy, policy, probe_batch(VOCABULARY, (37, 52), CPU)) is None
+
+    def step(packs: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        policy.zero_grad()
+        losses = []
+        for batch in packs:
+            reference = -(batch.targets % 7).double()
+            loss, _ = policy(batch, loss=method.loss, reference=reference, progress=1.0)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), {n: p.grad for n, p in policy.named_parameters()}
+
+    plain, gradient = step([make_batch([example]) for example in examples])
+    gradient = {name: x.clone() for name, x in gradient.items()}
+    packs = [
+        pack
+        for rank in range(world_size)
+        for pack in plan_batches(examples, budget, rank, world_size, share_prefixes=True)
+    ]
+    alone = sum(make_batch([example], True).num_tokens for example in examples)
+    tokens = sum(pack.num_tokens for pack in packs)
+    assert tokens < 0.7 * alone if budget > 1 else tokens == alone
+    shared, found = step(packs)
+    torch.testing.assert_close(shared, plain, rtol=1e-10, atol=1e-10)
+    for name, x in gradient.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-8, atol=1e-9)
 
 
 def test_a_window_is_not_shared():

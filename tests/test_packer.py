@@ -68,20 +68,21 @@ alike = st.lists(
 grouped = st.lists(st.lists(st.one_of(streams, alike), min_size=1, max_size=4), max_size=5)
 
 
-def prefix_of(example) -> int:
-    """Tokens that the streams share, none of them trained on, and not all of any stream."""
-    if len(example) == 1:
-        return 0
+def prompt_of(example) -> list[int]:
+    """What the streams begin with alike, none of it trained on, and not all of any stream."""
     shared = 0
     while all(len(s) > shared + 1 for s in example):
         if len({s[shared][0] for s in example}) > 1 or any(s[shared][1] for s in example):
             break
         shared += 1
-    return shared
+    return [token for token, _ in example[0][:shared]]
 
 
 def model_of_pack(examples: Examples, share: bool) -> dict[str, list[int]]:
-    prefixes = [prefix_of(example) if share else 0 for example in examples]
+    # Runs of examples that begin with the same prompt share it.
+    runs = [list(run) for _, run in itertools.groupby(examples, prompt_of)]
+    runs = [part for run in runs for part in ([run] if prompt_of(run[0]) else [[e] for e in run])]
+    anything = False
     packed: dict[str, list[int]] = {"cu_seqlens_q": [0], "cu_seqlens_k": [0], "cu_rows": [0]}
     packed |= {name: [] for name in ("input_ids", "positions", "rows", "targets", "streams")}
     packed |= {name: [] for name in ("key_index", "records", "segments")}
@@ -96,21 +97,27 @@ def model_of_pack(examples: Examples, share: bool) -> dict[str, list[int]]:
         packed["cu_seqlens_k"].append(len(packed["key_index"]))
         return keys
 
-    for record, (example, shared) in enumerate(zip(examples, prefixes, strict=True)):
+    record = 0
+    for run in runs:
+        several = sum(map(len, run)) > 1
+        shared = len(prompt_of(run[0])) if share and several else 0
+        anything |= shared > 0
         prefix_at = len(packed["input_ids"])
         if shared:
-            segment(example[0], 0, shared, prefix_at)
-        for stream in example:
-            keys = segment(stream, shared, len(stream), prefix_at)
-            for t in range(1, len(stream)):
-                if stream[t][1]:
-                    packed["rows"].append(keys[t - 1])
-                    packed["targets"].append(stream[t][0])
-                    packed["streams"].append(len(packed["records"]))
-            packed["records"].append(record)
-            packed["segments"].append(len(packed["cu_seqlens_q"]) - 2)
-            packed["cu_rows"].append(len(packed["rows"]))
-    if not any(prefixes):
+            segment(run[0][0], 0, shared, prefix_at)
+        for example in run:
+            for stream in example:
+                keys = segment(stream, shared, len(stream), prefix_at)
+                for t in range(1, len(stream)):
+                    if stream[t][1]:
+                        packed["rows"].append(keys[t - 1])
+                        packed["targets"].append(stream[t][0])
+                        packed["streams"].append(len(packed["records"]))
+                packed["records"].append(record)
+                packed["segments"].append(len(packed["cu_seqlens_q"]) - 2)
+                packed["cu_rows"].append(len(packed["rows"]))
+            record += 1
+    if not anything:
         del packed["key_index"], packed["cu_seqlens_k"]
     return packed
 
@@ -247,6 +254,22 @@ def test_shared_prefix_by_hand():
         "segments": [1, 2, 3],
         "weights": [1.0, 1.0],
     }
+
+
+def test_examples_of_one_prompt_share_it_where_they_follow_one_another():
+    """Two answers, another prompt, a pair; two streams that are the same stay two."""
+    answers = [ids(1, 2, 3), ids(1, 2, 4), ids(8, 9), ids(1, 2, 3), ids(1, 2, 5)]
+    masks = [mask(0, 0, 1), mask(0, 0, 1), mask(0, 1), mask(0, 0, 1), mask(0, 0, 1)]
+    packer = ragged(answers, masks, [1, 1, 1, 2], share_prefixes=True)
+    assert packer.tokens.tolist() == [3, 3, 2, 4]
+    together = pack(packer, [0, 1, 3, 2])
+    assert together["input_ids"].tolist() == [1, 2, 3, 4, 3, 5, 8, 9]
+    assert together["cu_seqlens_q"].tolist() == [0, 2, 3, 4, 5, 6, 8]
+    assert together["rows"].tolist() == [1, 1, 1, 1, 6]
+    assert together["records"].tolist() == [0, 1, 2, 2, 3]
+    assert together["targets"].tolist() == [3, 4, 3, 5, 9]
+    apart = pack(packer, [0, 2, 1])
+    assert apart["input_ids"].tolist() == [1, 2, 3, 8, 9, 1, 2, 4] and "key_index" not in apart
 
 
 def test_a_shared_prefix_holds_no_target_and_no_whole_stream():
@@ -551,6 +574,80 @@ def test_ranks_differ_by_no_more_than_one_pack(examples, budget, ranks):
     assert max(loads) <= sum(costs) / ranks + max(map(max, prices))
 
 
+def nearest_exchange(costly, cheap, lengths, costs, budget):
+    """How close the costs of two packs get by one example for another or for none."""
+    left = sum(costs[i] for i in costly) - sum(costs[i] for i in cheap)
+    room = budget - sum(lengths[i] for i in cheap)
+    spare = budget - sum(lengths[i] for i in costly)
+    found = [left]
+    for one in costly:
+        for taken in (None, *cheap):
+            moved = lengths[one] - (0 if taken is None else lengths[taken])
+            if -spare <= moved <= room:
+                cost = costs[one] - (0 if taken is None else costs[taken])
+                found.append(abs(left - 2 * cost))
+    return min(found)
+
+
+@calm
+@given(priced, budgets, rank_counts)
+def test_no_exchange_brings_the_packs_of_a_step_closer(examples, budget, ranks):
+    lengths, costs = [n for n, _ in examples], [cost for _, cost in examples]
+    plan = plan_of(lengths, budget, ranks, costs)
+    for step in zip(*plan, strict=True):
+        prices = [sum(costs[i] for i in pack) for pack in step]
+        most, least = max(prices), min(prices)
+        if most - least <= most / 1000:
+            continue
+        # Of several that cost the same, the two that were looked at last.
+        assert any(
+            nearest_exchange(costly, cheap, lengths, costs, budget) == most - least
+            for costly, cheap in itertools.product(step, step)
+            if (sum(costs[i] for i in costly), sum(costs[i] for i in cheap)) == (most, least)
+        )
+
+
+def least_load(lengths: list[int], costs: list[int], budget: int, ranks: int, steps: int) -> int:
+    """Of the rank with the most to do, of all plans."""
+    best = sum(costs)
+    for packs in itertools.product(range(ranks * steps), repeat=len(lengths)):
+        tokens, loads = [0] * (ranks * steps), [0] * ranks
+        for length, cost, pack in zip(lengths, costs, packs, strict=True):
+            tokens[pack] += length
+            loads[pack % ranks] += cost
+        if max(tokens) <= budget:
+            best = min(best, max(loads))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_small_batches_are_within_one_example_of_the_best_plan(seed):
+    rng = np.random.default_rng(seed)
+    budget, ranks = int(rng.integers(5, 30)), int(rng.integers(2, 4))
+    lengths = rng.integers(1, budget + 1, rng.integers(2, 7)).tolist()
+    costs = [n * n + n * int(rng.integers(5, 20)) for n in lengths]
+    plan = plan_of(lengths, budget, ranks, costs)
+    if (ranks * len(plan[0])) ** len(lengths) > 5000:
+        lengths, costs = lengths[:4], costs[:4]
+        plan = plan_of(lengths, budget, ranks, costs)
+    loads = [sum(costs[i] for pack in packs for i in pack) for packs in plan]
+    best = least_load(lengths, costs, budget, ranks, len(plan[0]))
+    assert best <= max(loads) <= best + max(costs)
+    assert max(loads) - min(loads) <= max(costs)
+
+
+@pytest.mark.parametrize("budget", [2048, 4096])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_full_packs_leave_ranks_within_one_example(budget, ranks):
+    """Packs of 98 % and more, most of them first-fit's: even ones do not fit."""
+    for seed in range(8):
+        lengths = log_normal(ranks * 150, budget, seed)
+        for costs, examples in ((lengths, 0.2), (quadratic(lengths), 1)):
+            plan = plan_of(lengths, budget, ranks, costs)
+            loads = [sum(costs[i] for pack in packs for i in pack) for packs in plan]
+            assert max(loads) - min(loads) <= examples * max(costs)
+
+
 def longest_first(costs: list[int], count: int) -> list[list[int]]:
     """Each example to the cheapest of ``count`` packs."""
     packs: list[list[int]] = [[] for _ in range(count)]
@@ -609,8 +706,9 @@ def test_plan_spreads_what_first_fit_would_heap_up():
 
 
 def test_plan_falls_back_to_even_tokens_and_to_tight_packs():
-    # Even in cost, all but the first would lie together, 8 tokens of them; first-fit has 7 and 5.
-    assert plan_of([4, 4, 1, 1, 1, 1], 7, 2, [6, 1, 1, 1, 1, 1]) == [[[0, 2, 4]], [[1, 3, 5]]]
+    # Even in cost, all but the first would lie together, 8 tokens of them. Even in tokens they are
+    # 0 2 4 | 1 3 5, of costs 8 and 3; moving one makes them 7 and 4, and there is no room for more.
+    assert plan_of([4, 4, 1, 1, 1, 1], 7, 2, [6, 1, 1, 1, 1, 1]) == [[[0, 4]], [[1, 2, 3, 5]]]
     # Spread evenly, 3 2 | 3 2 leaves no room for the last 2; first-fit finds 3 3 | 2 2 2.
     assert plan_of([3, 3, 2, 2, 2], 6, 2) == [[[0, 1]], [[2, 3, 4]]]
 
@@ -622,6 +720,76 @@ def test_plan_does_not_depend_on_equal_lengths_order():
 def test_plan_gives_ranks_without_examples_an_empty_pack():
     assert plan_of([3], 10, 3) == [[[0]], [[]], [[]]]
     assert plan_of([], 10, 3) == [[], [], []]
+
+
+def of_prompts(counts: list[int], prompt: int, answer: int) -> _bridge.Ragged:
+    """``counts[p]`` answers to each of several prompts, dealt out in turns: p 0, p 1, ..., p 0."""
+    order = [p for turn in range(max(counts)) for p, n in enumerate(counts) if turn < n]
+    sequences = [[p] * prompt + [99] * answer for p in order]
+    masks = [[0] * prompt + [1] * answer for _ in order]
+    return ragged([ids(*s) for s in sequences], [mask(*m) for m in masks], share_prefixes=True)
+
+
+def test_examples_of_one_prompt_are_planned_together():
+    packer = of_prompts([3, 3, 1], prompt=10, answer=2)
+    # Two prompts of three answers take 16 tokens each, and one of one 12.
+    assert packer.plan(16, 1, 1, 0, 0) == [[[0, 3, 5], [1, 4, 6], [2]]]
+    # Cut at a border of examples where the budget ends: 14 and 12.
+    assert packer.plan(14, 1, 1, 0, 0) == [[[0, 3], [1, 4], [5], [6], [2]]]
+    # Never by more ranks than there is work for: one prompt is shared out.
+    assert of_prompts([4], 10, 10).plan(100, 2, 1, 0, 0) == [[[0, 1]], [[2, 3]]]
+    assert of_prompts([4], 10, 10).plan(100, 4, 1, 0, 0) == [[[0]], [[1]], [[2]], [[3]]]
+
+
+@calm
+@given(grouped, st.integers(1, 60), rank_counts)
+def test_a_plan_of_prompts_keeps_the_promises_of_plans(examples, budget, ranks):
+    packer = of(examples, share=True)
+    plan = packer.plan(budget, ranks, 1, 0.5, 2)
+    assert plan == packer.plan(budget, ranks, 1, 0.5, 2)
+    assert len(plan) == ranks and len({len(packs) for packs in plan}) == 1
+    # Sharing takes no step more.
+    assert len(plan[0]) <= len(plan_of(packer.tokens, budget, ranks)[0])
+    every_pack = [pack for packs in plan for pack in packs]
+    assert sorted(itertools.chain.from_iterable(every_pack)) == list(range(len(examples)))
+    for chosen in every_pack:
+        tokens = len(model_of_pack([examples[i] for i in chosen], True)["input_ids"])
+        assert tokens <= budget or len(chosen) == 1
+        # Examples of one prompt lie side by side.
+        prompts = [tuple(prompt_of(examples[i])) for i in chosen]
+        runs = [prompt for prompt, _ in itertools.groupby(prompts) if prompt]
+        assert len(runs) == len(set(runs))
+
+
+@calm
+@given(priced.filter(bool), budgets, rank_counts)
+def test_examples_that_share_nothing_are_planned_by_themselves(examples, budget, ranks):
+    streams = [ids(*([i] * n)) for i, (n, _) in enumerate(examples)]
+    packer = ragged(streams, [np.zeros(len(s), bool) for s in streams], share_prefixes=True)
+    costs = packer.tokens * 3.0 + packer.pairs * 0.5
+    expected = _bridge.plan(packer.tokens, costs, budget, ranks)
+    assert packer.plan(budget, ranks, 3, 0.5, 7) == expected
+
+
+@pytest.mark.parametrize(("prompts", "answers", "ranks"), [(4, 8, 8), (3, 8, 2), (16, 4, 4)])
+@pytest.mark.parametrize("budget", [200, 512])
+def test_prompts_once_takes_less_of_the_rank_that_is_waited_for(prompts, answers, ranks, budget):
+    """Also where there are fewer prompts than ranks."""
+    rng = np.random.default_rng(0)
+    examples: Examples = []
+    for p in range(prompts):
+        begin = [(p, False)] * int(rng.integers(5, 60))
+        examples += [[begin + [(77, True)] * int(rng.integers(1, 60))] for _ in range(answers)]
+
+    def steps(share: bool) -> list[int]:
+        plan = of(examples, share).plan(budget, ranks, 1, 0, 0)
+        return [
+            max(len(model_of_pack([examples[i] for i in p], share)["input_ids"]) for p in step)
+            for step in zip(*plan, strict=True)
+        ]
+
+    assert len(steps(True)) <= len(steps(False))
+    assert sum(steps(True)) < 0.85 * sum(steps(False))
 
 
 def log_normal(count: int, budget: int, seed: int = 0) -> list[int]:

@@ -96,6 +96,11 @@ class BoundRagged {
     return py::make_tuple(made.bytes, fields);
   }
 
+  Plan plan(std::int64_t budget, std::int64_t ranks, double token, double pair, double row) const {
+    py::gil_scoped_release release;
+    return core_.plan(budget, ranks, {token, pair, row});
+  }
+
   void fill(const py::object& examples, const py::object& memory) const {
     const std::vector<std::int64_t> chosen = indices(examples);
     const py::buffer_info info = borrow<std::uint8_t>(memory, "memory", "uint8");
@@ -159,6 +164,9 @@ void bind_packer(py::module_& m) {
       .def_property_readonly("tokens", view(&Ragged::tokens))
       .def_property_readonly("rows", view(&Ragged::rows))
       .def_property_readonly("pairs", view(&Ragged::pairs))
+      .def("plan", &BoundRagged::plan, py::arg("budget"), py::arg("ranks"), py::arg("token"),
+           py::arg("pair"), py::arg("row"),
+           "Group the examples into packs of at most `budget` tokens, as many on every rank.")
       .def("layout", &BoundRagged::layout, py::arg("examples"),
            "How many bytes a pack of these examples takes, and where its arrays lie in them.")
       .def("fill", &BoundRagged::fill, py::arg("examples"), py::arg("memory"),

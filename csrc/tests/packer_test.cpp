@@ -96,6 +96,22 @@ TEST(shares_a_prefix) {
   CHECK((packed.get<std::int32_t>("segments") == Ints{1, 2}));
 }
 
+TEST(shares_a_prompt_between_examples) {
+  const std::vector<Stream> streams{
+      {{1, 2, 3}, {0, 0, 1}}, {{7, 8}, {0, 1}}, {{1, 2, 4, 5}, {0, 0, 1, 1}}};
+  const Ragged made = ragged(streams, {1, 1, 1}, true);
+  const Packed packed(made, {0, 2, 1});
+  CHECK((packed.get<std::int64_t>("input_ids") == Longs{1, 2, 3, 4, 5, 7, 8}));
+  CHECK((packed.get<std::int64_t>("rows") == Longs{1, 1, 3, 5}));
+  CHECK((packed.get<std::int64_t>("records") == Longs{0, 1, 2}));
+  CHECK((packed.get<std::int64_t>("key_index") == Longs{0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6}));
+  CHECK((packed.get<std::int32_t>("cu_seqlens_q") == Ints{0, 2, 3, 5, 7}));
+  CHECK((packed.get<std::int32_t>("segments") == Ints{1, 2, 3}));
+  CHECK((made.plan(5, 1, {1, 0, 0}) == fastalign::Plan{{{0, 2}, {1}}}));
+  // Without room for both they are cut.
+  CHECK((made.plan(4, 1, {1, 0, 0}) == fastalign::Plan{{{2}, {0}, {1}}}));
+}
+
 TEST(names_a_negative_token) {
   const std::vector<Stream> streams{{{1, -5}, {0, 1}}};
   CHECK(MESSAGE_OF(InvalidInput, Packed(ragged(streams, {1}), {0})) ==
@@ -177,6 +193,12 @@ TEST(plans_as_many_packs_for_every_rank) {
 TEST(plans_by_cost) {
   const auto plan = fastalign::plan({8, 4, 4, 4, 4}, {64, 16, 16, 16, 16}, 100, 2);
   CHECK((plan == fastalign::Plan{{{0}}, {{1, 2, 3, 4}}}));
+}
+
+TEST(swaps_single_examples_until_packs_are_even) {
+  // Longest first, they would be 5 3 2 | 4 4.
+  const auto plan = fastalign::plan({2, 4, 4, 5, 3}, {2, 4, 4, 5, 3}, 10, 2);
+  CHECK((plan == fastalign::Plan{{{0, 1, 4}}, {{2, 3}}}));
 }
 
 }  // namespace
