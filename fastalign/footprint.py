@@ -18,8 +18,13 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
 from fastalign.model import REFERENCE, adapt
-from fastalign_kernels.reference import MAX_TILE_COLUMNS, MIN_TILE_COLUMNS, TILE_BYTES
-from fastalign_kernels.triton_head import CHUNK_BYTES, CHUNK_COLUMNS
+from fastalign_kernels.reference import (
+    CHUNK_BYTES,
+    CHUNK_COLUMNS,
+    MAX_TILE_COLUMNS,
+    MIN_TILE_COLUMNS,
+    TILE_BYTES,
+)
 
 # By whether what it returns is a copy.
 TRACED_ATTENTION = {False: "fastalign_traced", True: "fastalign_traced_copies"}

@@ -190,8 +190,14 @@ def test_an_engine_takes_turns_with_training(shape):
     assert not Planner(offline, gpu).plan(offline, 8).peak("rollout")
 
 
-@pytest.mark.parametrize(("keys", "copies"), [({}, 1), ({"use_peft": True}, 0)])
-def test_only_full_fine_tuning_has_a_reference_of_its_own(shape, keys, copies):
+JUDGED = {"online": {"num_generations": 2}, "judge": {"type": "self"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "copies"), [(JUDGED, 1), ({"use_peft": True, **JUDGED}, 0), ({}, 0)]
+)
+def test_only_full_fine_tuning_online_has_a_reference_of_its_own(shape, keys, copies):
+    """Static data is compared with the start before the first step."""
     config = make(shape, method="dpo", **keys)
     plan = Planner(config, find_gpu("h100", None)).plan(config, 8)
     reference = [part for part in plan.parts if part.name == "reference weights"]

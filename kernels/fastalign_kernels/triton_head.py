@@ -22,12 +22,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastalign_kernels.reference import LARGEST_SUM, Exponentials, HeadForward, add_product
+from fastalign_kernels.reference import (
+    CHUNK_BYTES,
+    CHUNK_COLUMNS,
+    LARGEST_SUM,
+    Exponentials,
+    HeadForward,
+    add_product,
+)
 
-# Columns of the vocabulary that go through both products at a time.  An fp32 accumulator of N x D
-# is read and written once for each: at 16384 that costs 6 % of a pass.
-CHUNK_COLUMNS = 16384
-CHUNK_BYTES = 256 << 20
 REFERENCE_COLUMNS = 1024
 
 
