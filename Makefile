@@ -105,13 +105,23 @@ test: .venv ## Run the tests
 	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
 
 # The core needs neither Python nor torch, so its tests run under the sanitizers without them.
-test-sanitize: .venv ## Run the C++ tests with address, undefined-behaviour and thread sanitizers
+# What Python loads before the extension, which was built with them.
+PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $(CXX) -print-file-name=$(name).so))
+
+test-sanitize: .venv ## Run the core's tests with address, undefined-behaviour and thread sanitizers
 	for sanitizer in address,undefined thread; do \
 		$(BIN)/cmake -S . -B build/sanitize-$$sanitizer -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 			-DFASTALIGN_EXTENSION=OFF -DFASTALIGN_TESTS=ON -DFASTALIGN_SANITIZE=$$sanitizer; \
 		$(BIN)/cmake --build build/sanitize-$$sanitizer --parallel 2; \
 		$(BIN)/ctest --test-dir build/sanitize-$$sanitizer --output-on-failure; \
 	done
+	$(BIN)/cmake -S . -B build/sanitize-extension -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DFASTALIGN_SANITIZE=address,undefined \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize-extension --parallel 2
+	LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python \
+		tests/sanitized.py $(CURDIR)/build/sanitize-extension/_bridge.*.so -q -n0 -p no:cacheprovider \
+		tests/test_packer.py tests/test_sampler.py tests/test_store.py
 
 fuzz: .venv ## Fuzz the reader of the episode store's journal with RUNS inputs
 	@command -v clang++ >/dev/null || { echo 'make fuzz needs clang++ and its runtime with' \
