@@ -13,6 +13,10 @@ RUNS ?= 1000000
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where DeepSpeed compiles its operations: a checkout's own, since a run that is killed while it
+# compiles leaves a lock there on which all later ones wait.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch-extensions
+
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # On a GPU machine vllm has a say in which torch it is, so pip settles the two together.
 ifeq ($(GPU),yes)
@@ -104,10 +108,11 @@ test: .venv ## Run the tests
 	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q bench
 	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
 
-# The core needs neither Python nor torch, so its tests run under the sanitizers without them.
-# What Python loads before the extension, which was built with them.
+# What Python loads before an extension that was built with them.
 PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $(CXX) -print-file-name=$(name).so))
 
+# The core needs neither Python nor torch, so its tests run under the sanitizers without them; the
+# bindings are then tested from Python.
 test-sanitize: .venv ## Run the core's tests with address, undefined-behaviour and thread sanitizers
 	for sanitizer in address,undefined thread; do \
 		$(BIN)/cmake -S . -B build/sanitize-$$sanitizer -DCMAKE_BUILD_TYPE=RelWithDebInfo \
