@@ -2,7 +2,7 @@
 
     python bench/cut_step.py JUDGED [--longest 512 2048] [--dtypes ...] [--sides ...] [--output F]
 
-Batches of 4 criticised records (shared/data's shepherd.jsonl) whose longer stream has at most 512
+Batches of 4 criticised records (Shepherd's) whose longer stream has at most 512
 tokens; for 2048, more than any record has, consecutive records are joined while they fit.  LoRA of
 rank 16 on the MLP's projections, published offline settings (lambda 1.2, alpha 0.5, no dynamic
 weight, mean over tokens).  The plain side does what the published code does: both streams padded in
@@ -340,7 +340,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = steps.parser(__doc__ or "", RESULT)
-    parser.add_argument("judged", help="written judgments: shared/data's shepherd.jsonl")
+    parser.add_argument("judged", help="written judgments: as Shepherd's")
     parser.add_argument("--longest", type=int, nargs="+", default=[LONGEST_ALONE])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     sides = ("fastalign", "plain")

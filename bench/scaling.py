@@ -5,7 +5,7 @@
 Steps of `fastalign train` with LoRA of rank 8 on all linear layers:
 
 - length: SFT on one sequence of 256 to 4096 tokens a step;
-- group: DPO on 16 answers a step (8 pairs of shared/data's hh_harmless.jsonl), which answer 8, 4, 2
+- group: DPO on 16 answers a step (8 pairs of hh-rlhf's harmless-base), which answer 8, 4, 2
   or 1 prompts of 128 tokens: groups of 2 to 16 answers of one prompt, seconds for one group;
 - ranks: DPO on 8 pairs a step by 1 and 2 processes of one thread each.
 
@@ -304,7 +304,7 @@ def table(found: dict[str, list[Row]]) -> str:
 
 def main() -> None:
     parser = steps.parser(__doc__ or "", RESULT)
-    parser.add_argument("pairs", help="preference pairs: shared/data's hh_harmless.jsonl")
+    parser.add_argument("pairs", help="preference pairs, as hh-rlhf's harmless-base")
     parser.add_argument("--axes", nargs="+", choices=list(SIDES), default=list(SIDES))
     lengths = [256, 512, 1024, 2048, 4096]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)

@@ -11,7 +11,7 @@ questions (logits of their last tokens), and logits of all positions of the padd
 for the reference and for the policy.  `alone` has generate() and the embedded engine sample the
 same answers in turns, in one process.
 
-Prompts are the first of at most 256 tokens (shared/data's hh_harmless.jsonl), others in each step
+Prompts are the first of at most 256 tokens (hh-rlhf's harmless-base), others in each step
 and the same on all sides; the answers, and so the questions to the judge, are each side's own.
 Every other side has a process of its own.  Reported are the median step and its parts, and the peak
 of resident memory (on a GPU: of what torch allocated).
@@ -366,7 +366,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = steps.parser(__doc__ or "", RESULT)
-    parser.add_argument("prompts", help="prompts or dialogues: shared/data's hh_harmless.jsonl")
+    parser.add_argument("prompts", help="prompts or dialogues, as hh-rlhf's harmless-base")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--prompts-per-step", type=int, default=8)

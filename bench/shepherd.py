@@ -1,6 +1,6 @@
 """One epoch of CUT on Shepherd's judgments with the published offline settings, and its curves.
 
-    python bench/shepherd.py ../shared/data/shepherd.jsonl [--model PATH] [--output-dir FOLDER]
+    python bench/shepherd.py shepherd.jsonl [--model PATH] [--output-dir FOLDER]
         [--result FILE] [key.sub=value ...]
 
 trains by recipes/cut-offline.yaml, of which model, data and output alone are changed, and writes
