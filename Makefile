@@ -104,6 +104,8 @@ format: .venv ## Rewrite the sources in style
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test: .venv ## Run the tests
+	@# What DeepSpeed compiles, before tests that kill what they start.
+	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null
 	FASTALIGN_BENCH=smoke $(PARALLEL) --benchmark-disable tests
 	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q bench
 	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
