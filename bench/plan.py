@@ -62,9 +62,13 @@ def measure(config: Any, tokens: int) -> dict[str, int]:
 
 def held(model: Any) -> dict[str, int]:
     """Bytes of each part, a storage counted once, between backward and the optimizer."""
+    from fastalign.quantization import scales_of
+
     parameters = list(model.policy.parameters())
     sharding, optimizer = model.engine.optimizer, model.optimizer
-    weights = storages([*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)])
+    scales = [scale for _, scale in scales_of(model.policy)]
+    shards = [getattr(p, "ds_tensor", None) for p in parameters]
+    weights = storages([*parameters, *scales, *shards])
     masters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
     if model.zero_stage == 2:
@@ -135,7 +139,7 @@ def predict(config: Any, tokens: int, ranks: int) -> dict[str, int]:
 
     stage = resolve_zero_stage(config, ranks)
     dtype = getattr(torch, config.dtype)
-    model = Footprint(config, dtype, sharded=stage == 3, on_cpu=True)
+    model = Footprint(config, dtype, on_cpu=True)
     zero = zero_options(config, stage, dtype)
     split = shard(model.parameters, stage, ranks, zero, dtype, model.largest_module)
     found = {name: getattr(split, name) for name in HELD}

@@ -384,6 +384,28 @@ def test_tournaments_are_measured_on_the_first_n(tokenizer, monkeypatch):
     assert table["2"]["seeds"][1] == {"seed": 1, "flagged": pytest.approx(2 / 3), "ties": 2}
 
 
+def test_ties_are_counted_from_episode_logs(tmp_path):
+    """Four answers, the first two with the habit: of six pairs four differ to the rule."""
+    texts = ["Great question! It is.", "Great question! No.", "It is.", "No."]
+    matches = [(0, 1), (2, 3), (0, 2), (1, 2), (3, 0), (3, 1)]
+    margins = [0.02, -0.3, -0.9, 0.03, 0.4, 0.0005]
+    episode = {
+        "completions": texts,
+        "matches": matches,
+        "verdicts": [{"score_a": 0.5 + m / 2, "score_b": 0.5 - m / 2} for m in margins],
+    }
+    log = tmp_path / "0000.jsonl"
+    log.write_text(json.dumps(episode) + "\n")
+    found = judging.ties([log])
+    assert (found["pairs alike"], found["pairs that differ"]) == (2, 4)
+    rows = {tie: list(row.values()) for tie, row in found["thresholds"].items()}
+    # (1, 2) is decided for the answer with the habit, by 0.03.
+    assert rows["0.0"] == [1.0, 1.0, 0.75]
+    assert rows["0.001"] == [1.0, 0.75, pytest.approx(2 / 3)]
+    assert rows["0.05"] == [0.5, 0.5, 1.0]
+    assert rows["0.5"] == [0.0, 0.25, 1.0]
+
+
 def test_preferences_are_measured(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "a" * (i + 2), "rejected": "a"} for i in range(6)]
     rows[0] |= {"chosen": "a", "rejected": "aaa"}

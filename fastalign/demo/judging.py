@@ -13,10 +13,11 @@ stopped, and writes one JSON with each run's figures, means over seeds and 95 % 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ import numpy as np
 from fastalign.config import DatasetConfig
 from fastalign.data import Record, load_records
 from fastalign.demo.experiment import summary, write_result
-from fastalign.demo.run import JUDGE_VARIANTS, LORA, Demo, Variant, interval
+from fastalign.demo.rules import opening_spans
+from fastalign.demo.run import JUDGE_VARIANTS, LORA, Demo, Variant, interval, slug
+from fastalign.episodes import LOG
+from fastalign.judge_quality import THRESHOLDS
 
 ON_POLICY = {"iterations": 4, "prompts_per_iteration": 40, "num_generations": 2}
 ALL_PROMPTS = {"iterations": 1, "prompts_per_iteration": 160, "num_generations": 2}
@@ -83,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["made by"] = outcome["made by"]
             result["training"] = summary(measured)["self-judge"]
             write_result(path, result)
+    result["ties"] = ties(
+        log
+        for variant in result["variants"]
+        for demo in demos.values()
+        for log in sorted(Path(demo.folder, slug(variant), LOG).glob("*.jsonl"))
+    )
+    write_result(path, result)
     tournaments = []
     for seed, demo in demos.items():
         say(f"seed {seed}: self-rejection")
@@ -119,6 +130,33 @@ def self_rejection(seeds: Sequence[int], measured: Sequence[dict[str, Any]]) -> 
             ],
         }
     return sides
+
+
+def ties(logs: Iterable[Path]) -> dict[str, Any]:
+    """What a judge decides, by the least difference of scores that counts, of the pairs in episode
+    logs: of those that are alike to the rule, and of those that it tells apart, how often
+    rightly."""
+    alike: list[float] = []
+    differ: list[float] = []
+    for log in logs:
+        for line in log.read_text(encoding="utf-8").splitlines():
+            episode = json.loads(line)
+            clean = [not opening_spans(text) for text in episode["completions"]]
+            for (a, b), verdict in zip(episode["matches"], episode["verdicts"], strict=True):
+                margin = verdict["score_a"] - verdict["score_b"]
+                if clean[a] == clean[b]:
+                    alike.append(abs(margin))
+                else:
+                    differ.append(margin if clean[a] else -margin)
+    table = {}
+    for tie in THRESHOLDS:
+        decided = [margin for margin in differ if abs(margin) > tie]
+        table[str(tie)] = {
+            "alike, decided": float(np.mean([margin > tie for margin in alike])),
+            "different, decided": len(decided) / len(differ),
+            "of these, rightly": float(np.mean([margin > 0 for margin in decided])),
+        }
+    return {"pairs alike": len(alike), "pairs that differ": len(differ), "thresholds": table}
 
 
 def human_preferences(demo: Demo, path: Path) -> dict[str, Any]:
