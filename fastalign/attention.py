@@ -307,3 +307,8 @@ class _Gather(torch.autograd.Function):
 # Attention is causal within segments by construction, so the model need not build any mask.
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+
+
+def leave_uncompiled() -> None:
+    """Keep torch.compile out of packed attention, whose segments are others in each pack."""
+    AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention))

@@ -4,6 +4,7 @@ content, the real model and adapters are built, and a pass through them tells wh
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
 from fastalign.model import REFERENCE, adapt
+from fastalign.quantization import BLOCK, lay_out_nf4, scales_of
 from fastalign_kernels.reference import (
     CHUNK_BYTES,
     CHUNK_COLUMNS,
@@ -33,6 +35,7 @@ HEAD = {
     torch.ops.fastalign_kernels.linear_log_odds.default,
     torch.ops.fastalign_kernels.linear_log_odds_backward.default,
 }
+NF4_PRODUCT = "bitsandbytes::gemm_4bit"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,7 @@ class Footprint:
 
     Args:
         config: the recipe, with the LoRA keys of the adapter that it starts from.
-        dtype: of the base.
-        sharded: whether ZeRO-3 spreads it, which leaves adapters in PEFT's float32; DeepSpeed
-            casts them to ``dtype`` otherwise.
+        dtype: of base and adapters.
         on_cpu: passes as they are there, where segments of attention are joined in a copy and the
             LM head works in smaller tiles; else as on a GPU, with FlashAttention and Triton.
 
@@ -61,17 +62,16 @@ class Footprint:
         ConfigError: there is no such model, or no such module to adapt.
     """
 
-    def __init__(
-        self, config: Config, dtype: torch.dtype, *, sharded: bool, on_cpu: bool = False
-    ) -> None:
-        self.policy = _meta_policy(config, dtype)
-        if not sharded:
-            self.policy.to(dtype)
+    def __init__(self, config: Config, dtype: torch.dtype, *, on_cpu: bool = False) -> None:
+        # PEFT makes adapters in float32 and casts them with their values, which are not there.
+        policy = _meta_policy(config, dtype)
+        # Weights in 4 bits stay what they are.
+        self.policy = policy.float() if dtype == torch.float32 else policy.bfloat16()
         self.dtype = dtype
         model = self.policy.causal_lm
         self.parameters = tuple(
             Parameter(p.numel(), p.element_size(), p.requires_grad, p.ndim >= 2)
-            for p in self.policy.parameters()
+            for p in (*self.policy.parameters(), *_scales(self.policy))
         )
         head = model.get_output_embeddings().weight
         self.vocab_size, self.hidden_size = head.shape
@@ -84,6 +84,7 @@ class Footprint:
         self._on_cpu = on_cpu
         self._traced: dict[tuple[int, bool], int] = {}
         self.cache_bytes = _cache_bytes(model.config.get_text_config(), dtype)
+        self.kv_heads = _kv_heads(model.config.get_text_config())
 
     def activations(self, tokens: int, *, training: bool = True) -> int:
         """Most bytes at once, beyond weights and their gradients, of a pass over a pack.
@@ -143,20 +144,30 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Of the model alone, as an engine holds it."""
+    model = _meta_model(config, dtype)
+    return sum(p.numel() * p.element_size() for p in (*model.parameters(), *_scales(model)))
+
+
+def _meta_model(config: ModelConfig, dtype: torch.dtype) -> Any:
     with META:
         model = AutoModelForCausalLM.from_config(
             load_model_config(config), dtype=dtype, trust_remote_code=config.trust_remote_code
         )
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    if config.load_in_4bit:
+        lay_out_nf4(model, dtype)
+    return model
+
+
+def _scales(module: nn.Module) -> list[torch.Tensor]:
+    """What NF4 weights hold beside their parameters, each tensor once."""
+    return list({id(tensor): tensor for _, tensor in scales_of(module)}.values())
 
 
 def _meta_policy(config: Config, dtype: torch.dtype) -> Policy:
     # An adapter to start from comes twice, as policy and as reference; its shape is the recipe's.
     held = config.adapter_name_or_path is not None and not config.refreshes
+    model = _meta_model(config, dtype)
     with META:
-        model = AutoModelForCausalLM.from_config(
-            load_model_config(config), dtype=dtype, trust_remote_code=config.trust_remote_code
-        )
         policy = adapt(model, config.model_copy(update={"adapter_name_or_path": None}))
         if held:
             lora = policy.model.peft_config["default"]
@@ -174,9 +185,13 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 def _cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """Of the keys and values of one token."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = _kv_heads(config)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * int(config.num_hidden_layers * heads * width) * dtype.itemsize
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _on_meta(batch: Any) -> Any:
@@ -204,6 +219,12 @@ class _Live(TorchDispatchMode):
                 self._add(_storage(leaf))
         if func in HEAD:
             self.most = max(self.most, self.now + self._work)
+        elif func.name() == NF4_PRODUCT:
+            # The matrix as it is multiplied by, at most, and its scales.
+            hidden, _, shape, *_ = args
+            numel = math.prod(shape)
+            work = numel * hidden.element_size() + 2 * 4 * math.ceil(numel / BLOCK)
+            self.most = max(self.most, self.now + work)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:

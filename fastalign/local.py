@@ -21,6 +21,7 @@ from fastalign.model import (
     load_generation_config,
     load_tokenizer,
     resolve_dtype,
+    with_adapters_base,
 )
 from fastalign.rollout import EngineError, RolloutEngine, make_engine
 from fastalign.templates import Renderer
@@ -66,7 +67,8 @@ def open_model(
     max_model_len: int | None = None,
     seed: int = 0,
 ) -> Iterator[LocalModel]:
-    """Load a model, with its adapter where it has one, into the engine that ``rollout`` asks for.
+    """Load a model, with its adapter where it has one, into the engine that ``rollout`` asks for;
+    an adapter that was trained on a base in NF4 gets such a base.
 
     Args:
         max_model_len: most tokens of prompt and answer together; None: what it was made for.
@@ -76,6 +78,7 @@ def open_model(
         ConfigError: there is no such model or adapter, or the one is not of the other.
         EngineError: the engine does not start.
     """
+    config = with_adapters_base(config)
     tokenizer = load_tokenizer(config)
     path = config.adapter_name_or_path
     held = adapter_config(path) if path is not None else None
@@ -91,6 +94,7 @@ def open_model(
         seed=seed,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
     )
     try:
         if held is not None:

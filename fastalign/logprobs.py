@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from fastalign.attention import PACKED_ATTENTION, Segments
 from fastalign.batch import Batch, make_batch
 from fastalign.config import ConfigError
 from fastalign.data import Example, Stream
+from fastalign.offloading import HostActivations
 from fastalign_kernels import TokenLogprobs, linear_logprob
 
 IDLE_TOKENS = 8
@@ -48,6 +50,8 @@ class Policy(nn.Module):
         self.shares = False
         # Whether ZeRO-3 spreads the weights over ranks.
         self.sharded = False
+        # Whether activations wait for the backward in the host's memory.
+        self.offloads = False
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -105,12 +109,13 @@ class Policy(nn.Module):
     def _body(
         self, input_ids: torch.Tensor, positions: torch.Tensor, packing: dict[str, Any]
     ) -> torch.Tensor:
-        return self.causal_lm.base_model(
-            input_ids=input_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            **packing,
-        ).last_hidden_state[0]
+        with HostActivations() if self.offloads else contextlib.nullcontext():
+            return self.causal_lm.base_model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                **packing,
+            ).last_hidden_state[0]
 
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:

@@ -3,16 +3,19 @@
 Nothing is loaded but the model's configuration.  Weights, gradients and the optimizer are counted
 as DeepSpeed shards them; what a pass holds is followed through the real model on torch's meta
 device; what DeepSpeed and the kernels hold besides are bounds; and what nobody can count is a
-margin, named as such.  No times: those would have to be measured on the device.
+margin, named as such.  Times come from a run on the device alone (:class:`Calibration`).
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from fastalign.config import Config, ConfigError, override_config
 from fastalign.footprint import Footprint, Parameter, weight_bytes
 from fastalign.methods import make_method
 from fastalign.model import resolve_adapter, resolve_zero_stage, zero_options
+from fastalign.rollout import check_ranks
+from fastalign.timeline import Operations
 from fastalign.train import wants_reference
 
 GIB = 1 << 30
@@ -47,6 +52,8 @@ CONTEXT, ENGINE_ASLEEP, ENGINE_WORK, SLACK = 3 * GIB // 2, 1 * GIB, 2 * GIB, 0.0
 # Padded tokens of the embedded engine's prompt pass (fastalign.rollout.hf).
 PREFILL_TOKENS = 32768
 ADAM_MOMENTS, FP32 = 2, 4
+# Steps of a run that warm up, and the fewest behind them that say something.
+COLD_STEPS, LEAST_STEPS = 2, 3
 # Masters, moments and gradients in float32 on the host, beside a copy in the model's dtype.
 OFFLOADED = (1 + ADAM_MOMENTS + 1) * FP32
 
@@ -139,6 +146,59 @@ def find_gpu(name: str | None, gib: float | None) -> tuple[str, int]:
             f"--gpu {name}: known are {', '.join(GPUS)}; for another one say --gpu-memory GIB"
         )
     return name.lower(), int(GPUS[name.lower()] * GIB)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one GPU did in a run.
+
+    Attributes:
+        run: its output folder.
+        steps: that were measured.
+        operations: a second, as :class:`fastalign.timeline.Operations` counts them; the median.
+    """
+
+    run: str
+    steps: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of updates at a calibration's rate; rollouts, judgments and syncs are not in them.
+
+    Attributes:
+        seconds_per_pack: of ``micro_batch_tokens`` tokens in sequences of ``max_length``.
+        tokens_per_second: of all GPUs.
+    """
+
+    calibration: Calibration
+    seconds_per_pack: float
+    tokens_per_second: float
+
+
+def calibrate(run: str) -> Calibration:
+    """The rate that the steps of a run reached, of which the first warm up.
+
+    Raises:
+        ConfigError: there are no such steps.
+    """
+    path = Path(run, "metrics.jsonl")
+    if not path.is_file():
+        raise ConfigError(f"--calibration {run}: no run wrote metrics.jsonl there")
+    rates = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rates += [row["speed/tflops"] for row in [json.loads(line)] if "speed/tflops" in row]
+        except ValueError:
+            raise ConfigError(f"--calibration {run}: {path}:{number} is no JSON") from None
+    rates = rates[COLD_STEPS:]
+    if len(rates) < LEAST_STEPS:
+        raise ConfigError(
+            f"--calibration {run}: {len(rates)} steps with a rate behind the first {COLD_STEPS}: "
+            f"train for {COLD_STEPS + LEAST_STEPS} at least"
+        )
+    return Calibration(run, len(rates), statistics.median(rates) * 1e12)
 
 
 # ------------------------------------------------------------------------------------- DeepSpeed
@@ -266,11 +326,9 @@ def _partitioned(
     # What comes again within the reuse distance stays: near the turn from forward to backward that
     # is half of it.  Then comes what is fetched ahead, and the module that computes.
     stays = min(int(zero.max_live_parameters), int(zero.max_reuse_distance) // 2)
-    # Adapters have wider numbers, and there are few.
-    wider = sum(p.numel * (p.bytes - size) for p in parameters)
     gathered = min(
         sum(p.numel * p.bytes for p in parameters) - whole,
-        (stays + int(zero.prefetch_bucket_size) + largest_module) * size + wider,
+        (stays + int(zero.prefetch_bucket_size) + largest_module) * size,
     )
     weights_on_host = _offloads(zero.offload_param) * cut
     return Shard(
@@ -339,14 +397,18 @@ class Planner:
         self.method = make_method(config)
         # All GPUs with a name have fast products in bfloat16.
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-        self._footprints: dict[tuple[bool, bool], Footprint] = {}
+        self._footprints: dict[bool, Footprint] = {}
         self._whole: int | None = None
 
     def plan(self, config: Config, gpus: int) -> Plan:
-        """The plan of a variant of the recipe."""
+        """The plan of a variant of the recipe.
+
+        Raises:
+            ConfigError: the GPUs cannot be put into groups of those that share an engine.
+        """
         stage = resolve_zero_stage(config, gpus)
         zero = zero_options(config, stage, self.dtype)
-        model = self._footprint(config, stage)
+        model = self._footprint(config)
         held = shard(model.parameters, stage, gpus, zero, self.dtype, model.largest_module)
         activations = self._activations(model, config.micro_batch_tokens)
         parts = [*_training(activations, held, zero)]
@@ -356,9 +418,12 @@ class Planner:
         if wants_reference(config, self.method) and not config.use_peft:
             frozen = [Parameter(p.numel, p.bytes, False, p.decayed) for p in model.parameters]
             parts.append(_reference(frozen, stage, gpus, zero))
-        if config.online is not None:
+        if config.online is not None and config.rollout.engine == "server":
+            notes.append("the vLLM server has GPUs of its own, which are not counted")
+        elif config.online is not None:
+            check_ranks(config.rollout, gpus)
             parts.append(self._engine(config, model))
-            host += self._size()
+            host += self._engine_weights(config)
             notes += self._engine_notes(config, model)
             if config.rollout.engine != "hf":
                 longest = config.max_length + config.max_completion_length
@@ -384,11 +449,27 @@ class Planner:
             notes=tuple(notes),
         )
 
-    def _footprint(self, config: Config, stage: int) -> Footprint:
-        # PEFT's dtype of adapters differs under ZeRO-3; without adapters nothing does.
-        key = (config.gradient_checkpointing, config.use_peft and stage == 3)
+    def times(self, plan: Plan, calibration: Calibration) -> Times:
+        """How long a pack of the plan takes at the rate of a run.
+
+        Raises:
+            ConfigError: the operations of the model are not known.
+        """
+        config = self.config
+        known = Operations(self._footprint(config).policy)
+        if not known.known:
+            raise ConfigError("--calibration: the operations of a mixture of experts are not known")
+        # Of static data the reference is asked once, before the first step.
+        asks = config.online is not None and self.method.needs_reference
+        cost, tokens = known.cost(asks), plan.micro_batch_tokens
+        pairs = (min(tokens, config.max_length) + 1) / 2
+        seconds = tokens * (cost.token + cost.pair * pairs + cost.row) / calibration.operations
+        return Times(calibration, seconds, plan.gpus * tokens / seconds)
+
+    def _footprint(self, config: Config) -> Footprint:
+        key = config.gradient_checkpointing
         if key not in self._footprints:
-            self._footprints[key] = Footprint(config, self.dtype, sharded=key[1])
+            self._footprints[key] = Footprint(config, self.dtype)
         return self._footprints[key]
 
     def _activations(self, model: Footprint, tokens: int) -> int:
@@ -403,7 +484,7 @@ class Planner:
 
     def most_tokens(self, config: Config, plan: Plan) -> int:
         """The largest pack, in steps of 1024 tokens, for which the memory that is left suffices."""
-        model, now = self._footprint(config, plan.stage), config.micro_batch_tokens
+        model, now = self._footprint(config), config.micro_batch_tokens
         each = (model.activations(2 * now) - model.activations(now)) / now
         free = (plan.memory - plan.peak("update")) / (1 + SLACK)
         found = min(MOST_TOKENS, now + int(free / each))
@@ -424,17 +505,26 @@ class Planner:
     def _engine_notes(self, config: Config, model: Footprint) -> list[str]:
         notes = []
         if config.rollout.engine != "hf":
+            ranks = config.rollout.tensor_parallel_size
+            part = "the whole model" if ranks == 1 else f"1/{ranks} of the model"
             notes.append(
-                f"vLLM holds the whole model on each GPU, {self._size() / GIB:.1f} GiB, and of its "
-                f"share {self._cache_tokens(config, model):,} tokens of key-value cache are left"
+                f"vLLM holds {part} on each GPU, {self._engine_weights(config) / GIB:.1f} GiB, and "
+                f"of its share {self._cache_tokens(config, model):,} tokens of key-value cache are "
+                "left"
             )
         if any(j is not None and j.type == "model" for j in (config.judge, config.eval_judge)):
             notes.append("the model that judges is not counted: it takes turns with the engine")
         return notes
 
     def _cache_tokens(self, config: Config, model: Footprint) -> int:
+        """Of an engine; each of its GPUs keeps its own heads of every token, one at least."""
         share = int(config.rollout.gpu_memory_utilization * self.memory)
-        return max(0, share - self._size() - ENGINE_WORK) // model.cache_bytes
+        token = model.cache_bytes // min(config.rollout.tensor_parallel_size, model.kv_heads)
+        return max(0, share - self._engine_weights(config) - ENGINE_WORK) // token
+
+    def _engine_weights(self, config: Config) -> int:
+        """On each of the GPUs that share an engine: the embedded one is no GPU's but its own."""
+        return math.ceil(self._size() / config.rollout.tensor_parallel_size)
 
     def _size(self) -> int:
         if self._whole is None:
@@ -506,6 +596,8 @@ OFFLOAD = (
     "deepspeed.zero_force_ds_cpu_optimizer=false",
 )
 MOST_GPUS, MOST_TOKENS = 1024, 1 << 17
+# GPUs that share an engine: those of one machine.
+MOST_RANKS = 8
 
 
 def advise(planner: Planner, gpus: int) -> Advice:
@@ -531,7 +623,7 @@ def advise(planner: Planner, gpus: int) -> Advice:
 def _axes(config: Config, plan: Plan) -> list[list[_Option]]:
     """The values of each setting, from the recipe's own on."""
     zero = config.deepspeed.get("zero_optimization", {})
-    buckets, tokens, checkpointing, stages, offload, more = ([AS_IT_IS] for _ in range(6))
+    buckets, tokens, checkpointing, stages, offload, more, shared = ([AS_IT_IS] for _ in range(7))
     if "reduce_bucket_size" not in zero:
         buckets.append(_Option((SMALL_BUCKET,), cost=1))
     # A pack holds the longest example in any case.
@@ -541,17 +633,22 @@ def _axes(config: Config, plan: Plan) -> list[list[_Option]]:
             tokens.append(_Option((f"micro_batch_tokens={fewer}",), cost=2 * halvings))
     if not config.gradient_checkpointing:
         checkpointing.append(_Option(("gradient_checkpointing=true",), cost=5))
-    for stage in range(plan.stage + 1, 4) if plan.gpus > 1 else ():
+    most = 2 if config.load_in_4bit else 3
+    for stage in range(plan.stage + 1, most + 1) if plan.gpus > 1 else ():
         stages.append(_Option((f"zero_stage={stage}",), cost=6 + stage))
     if "offload_optimizer" not in zero and (plan.stage or plan.gpus == 1):
-        # Without ZeRO there is none; on one GPU ZeRO-3 shards nothing and offloads.
-        first = () if plan.stage else ("zero_stage=3",)
+        # Without ZeRO there is none; on one GPU its last stage shards nothing and offloads.
+        first = () if plan.stage else (f"zero_stage={most}",)
         offload.append(_Option((*first, *OFFLOAD), cost=30))
     for doublings in range(1, 11):
         many = plan.gpus << doublings
         if many <= MOST_GPUS:
             more.append(_Option(cost=40 * doublings, gpus=many))
-    return [buckets, tokens, checkpointing, stages, offload, more]
+    ranks = 2 * config.rollout.tensor_parallel_size
+    while not plan.engine_fits and ranks <= MOST_RANKS and plan.gpus % ranks == 0:
+        shared.append(_Option((f"rollout.tensor_parallel_size={ranks}",), cost=3 * ranks))
+        ranks *= 2
+    return [buckets, tokens, checkpointing, stages, offload, shared, more]
 
 
 def _try(planner: Planner, options: Iterable[_Option], gpus: int) -> Change:
@@ -570,7 +667,7 @@ def _try(planner: Planner, options: Iterable[_Option], gpus: int) -> Change:
 
 
 def _samples_with_vllm(config: Config) -> bool:
-    return config.online is not None and config.rollout.engine != "hf"
+    return config.online is not None and config.rollout.engine in ("auto", "vllm")
 
 
 def _share_left(plan: Plan, config: Config) -> str | None:
@@ -601,21 +698,21 @@ def _room(planner: Planner, plan: Plan) -> Iterator[Change]:
 PHASES = {"update": "pack", "step": "optimizer", "rollout": "rollout"}
 
 
-def report(advice: Advice) -> dict[str, Any]:
+def report(advice: Advice, times: Times | None = None) -> dict[str, Any]:
     """Everything as plain values; memory in bytes."""
     plan = advice.plan
     return asdict(plan) | {
         "peak": {phase: plan.peak(phase) for phase in PHASES},
         "needed": plan.needed,
         "fits": plan.fits,
-        "time_per_step": None,
+        "times": asdict(times) if times is not None else None,
         "changes": [asdict(change) for change in advice.changes],
         "room": [asdict(change) for change in advice.room],
     }
 
 
-def show(advice: Advice, console: Console) -> None:
-    """A table of parts, then what to set."""
+def show(advice: Advice, console: Console, times: Times | None = None) -> None:
+    """A table of parts, then what to set, then how long a pack takes."""
     plan = advice.plan
     phases = [phase for phase in PHASES if plan.peak(phase)]
     table = Table(box=None, pad_edge=False, padding=(0, 2))
@@ -650,7 +747,18 @@ def show(advice: Advice, console: Console) -> None:
     for change in (*advice.changes, *advice.room):
         fits = "fits" if change.fits else "-"
         say(f"  {_gib(change.needed):>7}  {fits:4}  {_words(change, plan)}")
-    say("no time per step: nothing was measured on this device")
+    say(_duration(plan, times))
+
+
+def _duration(plan: Plan, times: Times | None) -> str:
+    if times is None:
+        return "no times: --calibration RUN takes them from a run on this device"
+    rate = times.calibration.operations / 1e12
+    return (
+        f"updates alone, at the {rate:,.4g} TFLOP/s of {times.calibration.run}: "
+        f"{times.seconds_per_pack:,.3g} s for a pack of {plan.micro_batch_tokens:,} tokens, "
+        f"{times.tokens_per_second:,.0f} tokens/s on {plan.gpus} x {plan.gpu}"
+    )
 
 
 def _verdict(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import plan as bench
 import pytest
 import torch
@@ -14,11 +15,14 @@ import yaml
 from support import recipe, run_ranks
 from transformers import LlamaConfig
 
+from fastalign.batch import make_batch
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, override_config
+from fastalign.data import Example, Stream
 from fastalign.footprint import Footprint, Parameter
 from fastalign.model import zero_options
 from fastalign.plan import GIB, GPUS, Planner, advise, find_gpu, shard
+from fastalign.timeline import Operations
 
 # Of a pass as a CPU makes it, whose products take room of their own in half precision.
 MOST_ERROR = 0.05
@@ -68,7 +72,7 @@ def test_two_ranks_hold_what_was_planned(tiny_llama, tmp_path):
 def test_parameters_are_the_models_own(smollm):
     """Tied embeddings once, adapters on every linear layer but the head."""
     config = make(smollm, use_peft=True, lora_r=8)
-    model = Footprint(config, torch.bfloat16, sharded=False)
+    model = Footprint(config, torch.bfloat16)
     trained = [p for p in model.parameters if p.trained]
     assert sum(p.numel for p in model.parameters if not p.trained) == 134_515_008
     widths = 2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)
@@ -77,8 +81,8 @@ def test_parameters_are_the_models_own(smollm):
 
 
 def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing(shape):
-    plain = Footprint(make(shape), torch.bfloat16, sharded=True)
-    less = Footprint(make(shape, gradient_checkpointing=True), torch.bfloat16, sharded=True)
+    plain = Footprint(make(shape), torch.bfloat16)
+    less = Footprint(make(shape, gradient_checkpointing=True), torch.bfloat16)
     one, two, three = (plain.activations(n) for n in (2048, 4096, 6144))
     assert three - two == pytest.approx(two - one, rel=0.01)
     assert less.activations(4096) < plain.activations(4096) / 2
@@ -190,6 +194,27 @@ def test_an_engine_takes_turns_with_training(shape):
     assert not Planner(offline, gpu).plan(offline, 8).peak("rollout")
 
 
+def test_gpus_that_share_an_engine_hold_parts_of_it(shape):
+    keys = {
+        "method": "cut", "use_peft": True, "gradient_checkpointing": True,
+        "online": {"iterations": 1}, "judge": {"type": "rule", "path": "judge.py:judge"},
+        # 2.4 GiB of weights, and work space of 2, in 3.2.
+        "rollout": {"engine": "vllm", "gpu_memory_utilization": 0.08},
+    }  # fmt: skip
+    planner = Planner(make(shape, **keys), find_gpu(None, 40))
+    alone = planner.plan(planner.config, 8)
+    assert not alone.fits and "the whole model on each GPU, 2.4 GiB" in alone.notes[0]
+    shared = planner.plan(override_config(planner.config, ["rollout.tensor_parallel_size=4"]), 8)
+    assert shared.fits and "1/4 of the model on each GPU, 0.6 GiB" in shared.notes[0]
+    assert any(
+        change.fits and change.settings[0].startswith("rollout.tensor_parallel_size=")
+        for change in advise(planner, 8).changes
+    )
+    three = override_config(planner.config, ["rollout.tensor_parallel_size=3"])
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 3, .* divide the 8 process"):
+        planner.plan(three, 8)
+
+
 JUDGED = {"online": {"num_generations": 2}, "judge": {"type": "self"}}
 
 
@@ -231,13 +256,13 @@ def test_the_command_prints_parts_and_what_to_set(train):
     for name in ("weights", "gradients", "optimizer moments", "activations of a pack", "together"):
         assert sum(line.startswith(name + " ") for line in lines) == 1, name
     assert any(line.split()[1:] == ["fits", "gradient_checkpointing=true"] for line in lines)
-    assert lines[-1] == "no time per step: nothing was measured on this device"
+    assert lines[-1] == "no times: --calibration RUN takes them from a run on this device"
 
 
 def test_the_command_prints_json(train):
     shown = train("--dry-run", "--gpus", "8", "--gpu-memory", "24", "--json", "use_peft=true")
     plan = json.loads(shown.out)
-    assert plan["memory"] == 24 * GIB and plan["time_per_step"] is None
+    assert plan["memory"] == 24 * GIB and plan["times"] is None
     assert plan["peak"]["update"] == sum(part["update"] for part in plan["parts"])
     assert plan["fits"] == (plan["needed"] <= plan["memory"])
 
@@ -270,6 +295,44 @@ def test_what_is_wrong_is_said_in_one_line(train, options, says):
     assert shown.err.startswith("fastalign: ") and shown.err.count("\n") == 1
     for words in says:
         assert words in shown.err, shown.err
+
+
+def test_times_are_those_of_a_run_for_the_operations_of_another(train, tiny_llama, tmp_path):
+    """As many operations a second as the run's steps, but for the first two."""
+    run = tmp_path / "run"
+    run.mkdir()
+    rates = [0.001, 0.002, 0.5, 0.4, 7.0]
+    rows = [{"step": i, "speed/tflops": rate} for i, rate in enumerate(rates)]
+    rows.insert(2, {"step": 1, "rollout/examples": 3})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [f"model_name_or_path={tiny_llama}", "max_length=64", "micro_batch_tokens=256"]
+    options = ["--dry-run", "--gpus", "4", "--gpu", "h100", "--calibration", str(run), *keys]
+    times = json.loads(train(*options, "--json").out)["times"]
+    assert times["calibration"] == {"run": str(run), "steps": 3, "operations": 0.5e12}
+    policy = Planner(make(tiny_llama), find_gpu("h100", None))._footprint(make(tiny_llama)).policy
+    example = Example((Stream.of("x", np.zeros(1, np.int32), np.zeros(63, np.int32)),), 1.0, "")
+    four = make_batch([example] * 4)
+    # Counted from a batch, in which the first token of a sequence is no target.
+    expected = Operations(policy).of([four], reference=False) / 0.5e12
+    assert times["seconds_per_pack"] == pytest.approx(expected, rel=0.01)
+    assert times["tokens_per_second"] == pytest.approx(4 * 256 / times["seconds_per_pack"])
+    last = train(*options).out.splitlines()[-1]
+    assert "at the 0.5 TFLOP/s" in last and "4 x h100" in last
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "no run wrote"),
+        ("{}\n{", "metrics.jsonl:2"),
+        ('{"speed/tflops": 1}\n', "train for 5"),
+    ],
+)
+def test_a_run_that_says_nothing_of_speed_is_no_calibration(train, tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    shown = train("--dry-run", "--gpus", "2", "--gpu", "h100", "--calibration", str(tmp_path))
+    assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1
 
 
 def test_no_gpu_is_known_by_half_its_name():

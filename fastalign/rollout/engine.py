@@ -101,7 +101,7 @@ class PromptTokens:
 @dataclass(frozen=True)
 class SyncReport:
     """One weight transfer, proven by content; ``digest`` is of all tensors as the engine holds
-    them, the same for the same bits."""
+    them on this rank, the same for the same bits."""
 
     version: int
     tensors: int
@@ -150,7 +150,12 @@ def check_stop(settings: SamplingSettings, has_tokenizer: bool) -> None:
 
 
 class RolloutEngine(Protocol):
-    """What the trainer asks of a sampler.  Every call is local to the calling rank."""
+    """What the trainer asks of a sampler.
+
+    Each rank brings its own prompts and gets its own answers.  Ranks may share an engine: every
+    call is then collective among them, also of a rank that has nothing to ask.  With an engine of
+    its own each rank calls as it likes.
+    """
 
     name: str
     max_model_len: int
@@ -176,6 +181,9 @@ class RolloutEngine(Protocol):
         adapter: str | None = None,
     ) -> np.ndarray:
         """float32 [len(prompts), len(token_ids)]: log p(token | prompt), full raw softmax."""
+
+    def all_agree(self, here: bool) -> bool:
+        """Whether ``here`` holds on every rank that shares the engine; collective among them."""
 
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int

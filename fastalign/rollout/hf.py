@@ -19,7 +19,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastalign import _bridge
-from fastalign.config import RolloutConfig
+from fastalign.config import ConfigError, RolloutConfig
+from fastalign.quantization import import_bitsandbytes, load_nf4
 from fastalign.rollout.engine import (
     EngineError,
     PromptTokens,
@@ -66,6 +67,7 @@ class HfEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        load_in_4bit: bool = False,
     ) -> None:
         """Load the replica.
 
@@ -74,9 +76,10 @@ class HfEngine:
             dtype: of parameters and arithmetic.
             max_model_len: most tokens of prompt and completion together.
             tokenizer: the model's, for stop strings; None: it takes none.
+            load_in_4bit: the base in NF4, for adapters alone.
 
         Raises:
-            ConfigError: the text of the tokenizer's tokens cannot be told.
+            ConfigError: the text of the tokenizer's tokens cannot be told, or there is no NF4 here.
             EngineError: the model does not load, or DeepSpeed ZeRO-3 is set up already and would
                 shard the replica.
         """
@@ -90,10 +93,14 @@ class HfEngine:
         self._config = config
         self.max_model_len = max_model_len
         self.prompt_tokens = PromptTokens()
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            if load_in_4bit:
+                model = load_nf4(str(model_path), dtype=dtype, device=self._device, **options)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **options)
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
             raise EngineError(f"{model_path} cannot be loaded: {error}") from None
         self._model = model.to(self._device).eval().requires_grad_(False)
@@ -152,6 +159,10 @@ class HfEngine:
                 logp_UK = logits_UV.float().log_softmax(dim=-1)[:, wanted].cpu().numpy()
                 result[rows] = logp_UK[source_B]
         return result
+
+    def all_agree(self, here: bool) -> bool:
+        """The engine is one rank's own."""
+        return here
 
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
@@ -281,6 +292,7 @@ class HfEngine:
         """Make room for adapter ``name``; the same configuration again keeps the modules."""
         from peft import LoraConfig, PeftConfig, PeftModel
 
+        import_bitsandbytes()
         parsed = PeftConfig.from_peft_type(**config)
         if not isinstance(parsed, LoraConfig):
             raise EngineError(f"adapter {name!r} is of type {parsed.peft_type}: LoRA is supported")

@@ -9,27 +9,28 @@ vLLM's ``add_lora``, ``remove_lora`` and ``reload_weights``, and those of
 from __future__ import annotations
 
 import gc
-import json
+import glob
+import hashlib
 import logging
-import math
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from fastalign.config import RolloutConfig
+from fastalign.config import ConfigError, RolloutConfig
+from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import (
     EngineError,
     PromptTokens,
@@ -40,16 +41,13 @@ from fastalign.rollout.engine import (
     check_stop,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
+from fastalign.rollout.vllm_worker import Transfer
 
-# vLLM accepts these maximal ranks alone.
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# One step on a CPU has to hold a whole prompt (see _engine_arguments), and is slow below this.
+# One step on a CPU has to hold a whole prompt (see engine_arguments), and is slow below this.
 _MIN_BATCHED_TOKENS = 4096
-_ADAPTER_TENSOR = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>.+)\."
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?$"
-)
 
+# A rank of an engine waits for the others, which may be judging.
+_PATIENCE = timedelta(hours=2)
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ _started: list[Any] = []
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A loaded adapter: its request, version, and what its content has to be."""
+    """A loaded adapter: its request, version, and what its content has to be on this rank."""
 
     request: Any
     version: int
@@ -71,8 +69,40 @@ class _Adapter:
     shapes: Mapping[str, torch.Size]
 
 
+class _Ranks:
+    """The ranks that run one engine together: ``size`` neighbours, as vLLM groups them."""
+
+    def __init__(self, size: int) -> None:
+        """Collective over all ranks of the run."""
+        self._group: dist.ProcessGroup | None = None
+        if size > 1:
+            self._group, _ = dist.new_subgroups(size, backend="gloo", timeout=_PATIENCE)
+        self.index = 0 if self._group is None else dist.get_rank(self._group)
+
+    def shared_memory(self) -> list[Path]:
+        """What vLLM's CPU backend joins them through.  Under torchrun it is named after the ranks'
+        numbers alone, alike in every run of a machine, and stays when a run is killed."""
+        if self._group is None:
+            return []
+        ranks = "-".join(map(str, dist.get_process_group_ranks(self._group)))
+        return sorted(Path("/dev/shm").glob("*tp:*" + glob.escape(f"-[{ranks}]-cpushm_") + "*"))
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each of them has."""
+        if self._group is None:
+            return [mine]
+        parts: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(parts, mine, group=self._group)
+        return parts
+
+
 class VllmEngine:
-    """Samples with vLLM, one engine per rank, inside the rank's own process.
+    """Samples with vLLM, inside the process of each rank that it runs on.
+
+    With ``rollout.tensor_parallel_size`` T one engine runs on T neighbouring ranks, each with its
+    part of every layer.  vLLM does the same work in each of them, and expects the same calls with
+    the same prompts there: so the prompts of all T ranks are put together into one call, in the
+    order of the ranks, its answers are compared between them, and each rank takes its own.
 
     What a transfer proves.  Every tensor is checked by content against the engine's own parameters,
     also where vLLM has fused several into one.  On the CPU backend matrices are repacked and cannot
@@ -103,12 +133,14 @@ class VllmEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        load_in_4bit: bool = False,
     ) -> None:
         """Start vLLM on this rank's device.
 
-        With several ranks this is collective, and needs torchrun's environment (RANK, LOCAL_RANK,
-        WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and the default process group.  With one rank vLLM
-        makes a default process group if there is none, which the trainer then shares.
+        With several ranks this is collective over all of them, and needs torchrun's environment
+        (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and the default process group.
+        With one rank vLLM makes a default process group if there is none, which the trainer then
+        shares.
 
         The process is left as it was found: environment (but for ``VLLM_*``), global random states
         and ``torch.set_num_threads``, all of which vLLM changes.
@@ -120,28 +152,47 @@ class VllmEngine:
             lora_rank: largest rank of an adapter; None: the engine takes full weights alone.
             max_adapters: most adapters at once.
             seed: of vLLM's own random state; requests bring theirs.
-            world_size: ranks of the run.
+            world_size: ranks of the run, a multiple of ``config.tensor_parallel_size``.
             tokenizer: the model's; vLLM loads the same for stop strings.  None: it takes none.
+            load_in_4bit: the base in NF4, for adapters alone.
 
         Raises:
+            ConfigError: NF4 in float32, which vLLM does not have.
             EngineError: several ranks without a process group, or vLLM does not start.
         """
+        if load_in_4bit and dtype == torch.float32:
+            raise ConfigError(
+                "rollout.dtype: vLLM computes with NF4 in half precision alone; set it to "
+                "bfloat16, or rollout.engine to 'hf'"
+            )
         if world_size > 1 and not torch.distributed.is_initialized():
             raise EngineError(
                 f"{world_size} ranks have no process group: call deepspeed.init_distributed() or "
                 "torch.distributed.init_process_group() before the engine is made"
             )
+        self._ranks = _Ranks(config.tensor_parallel_size)
+        if left := [
+            path for part in self._ranks.gather(self._ranks.shared_memory()) for path in part
+        ]:
+            raise EngineError(
+                f"{left[0]} is in the way of an engine on several ranks: a run that was killed "
+                "while it started left it (remove it), or one starts now (wait for it)"
+            )
         _set_environment()
         try:
-            with _process_state_kept():
+            with process_state_kept():
                 from vllm import LLM
                 from vllm.lora.request import LoRARequest
                 from vllm.platforms import current_platform
 
                 self._on_cpu = current_platform.is_cpu()
-                arguments = _engine_arguments(config, max_model_len, self._on_cpu)
+                arguments = engine_arguments(config, max_model_len, self._on_cpu)
                 if world_size > 1:
                     arguments["distributed_executor_backend"] = "external_launcher"
+                if load_in_4bit:
+                    # Quantised while it is loaded, from the numbers of the checkpoint and with
+                    # double quantisation, as load_nf4 does.
+                    arguments["quantization"] = "bitsandbytes"
                 if tokenizer is not None:
                     arguments |= {
                         "skip_tokenizer_init": False,
@@ -152,7 +203,7 @@ class VllmEngine:
                     arguments |= {
                         "enable_lora": True,
                         "max_loras": max_adapters,
-                        "max_lora_rank": _allowed_rank(lora_rank),
+                        "max_lora_rank": allowed_rank(lora_rank),
                     }
                 self._llm = LLM(
                     str(model_path),
@@ -164,6 +215,9 @@ class VllmEngine:
                 )
         except Exception as error:
             raise EngineError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+        # All ranks have it now: without a name it goes when they go, whatever ends them.
+        for path in self._ranks.shared_memory():
+            path.unlink(missing_ok=True)
         _started.append(self._llm)
         self._request_type = LoRARequest
         self._dtype = dtype
@@ -192,7 +246,8 @@ class VllmEngine:
         """Sample one completion for each prompt; see :class:`RolloutEngine`.
 
         vLLM repeats a whole call bitwise for the same prompts, seeds and weights.  Half of a call
-        may give other tokens, because the rounding of batched products depends on the batch.
+        may give other tokens, because the rounding of batched products depends on the batch; so
+        may a call on another number of ranks.
 
         It keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
         by the token id, and reads stop strings from whole characters: a token that completes one
@@ -205,25 +260,8 @@ class VllmEngine:
             raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
         check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
         check_stop(settings, self._has_tokenizer)
-        params = [
-            SamplingParams(
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                min_p=settings.min_p,
-                seed=seed,
-                stop=list(settings.stop),
-                stop_token_ids=list(settings.stop_token_ids),
-                # The model's own end tokens are not ours to add: the settings name all.
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                # Stop strings are found in the text.
-                detokenize=bool(settings.stop),
-            )
-            for seed in seeds
-        ]
+        common = sampling_arguments(settings)
+        params = [SamplingParams(**common, seed=seed) for seed in seeds]
         version = self._version if adapter is None else self._adapters[adapter].version
         return [_rollout(output, version) for output in self._run(prompts, params, adapter)]
 
@@ -240,18 +278,11 @@ class VllmEngine:
         # One token is sampled beside the scores.
         check_prompts(prompts, 1, self.max_model_len, self._vocab_size)
         wanted = [int(token) for token in token_ids]
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            ignore_eos=True,
-            logprob_token_ids=wanted,
-            flat_logprobs=True,
-            detokenize=False,
-        )
+        params = SamplingParams(**scoring_arguments(wanted))
         result = np.empty((len(prompts), len(wanted)), dtype=np.float32)
         if not wanted:
             return result
-        for row, output in enumerate(self._run(prompts, params, adapter)):
+        for row, output in enumerate(self._run(prompts, [params] * len(prompts), adapter)):
             scores = output.logprobs
             # The sampled token comes first, then those asked for in their order.
             if list(scores.token_ids[1:]) != wanted:
@@ -260,6 +291,10 @@ class VllmEngine:
                 )
             result[row] = scores.logprobs[1:]
         return result
+
+    def all_agree(self, here: bool) -> bool:
+        """See :class:`RolloutEngine`."""
+        return all(self._ranks.gather(here))
 
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
@@ -287,25 +322,7 @@ class VllmEngine:
             self._dead = transfer.error
             raise EngineError(transfer.error)
         self._dead = None
-        # Content where it can be read; where not, that the tensor came at all.
-        verify(transfer.sent, transfer.sent | transfer.held, names)
-        verify(
-            transfer.columns_sent,
-            transfer.columns_sent | transfer.columns_held,
-            frozenset(transfer.columns_sent),
-        )
-        if transfer.unsent and not transfer.unread:
-            raise EngineError(
-                f"{len(transfer.unsent)} parameters of the engine got no tensor, the first: "
-                f"{transfer.unsent[0]}"
-            )
-        if transfer.unread:
-            _log.info(
-                "%d of %d tensors reached vLLM's loader but cannot be read back, %s first",
-                len(transfer.unread),
-                len(transfer.sent),
-                transfer.unread[0],
-            )
+        check_transfer(transfer, names)
         for adapter in self._adapters.values():
             self._send_adapter(adapter)
         if self._kv_cache_asleep:
@@ -346,18 +363,21 @@ class VllmEngine:
                 f"adapter {name!r} has no room beside {sorted(self._adapters)}: the engine was "
                 f"made for {self._max_adapters}"
             )
-        folded = _folded(name, tensors, config, self._dtype)
+        folded = fold(name, tensors, config, self._dtype)
         self._last_id += 1
         folder = Path(self._folder.name) / str(self._last_id)
-        _write_adapter(folder, folded)
+        write_adapter(folder, folded)
         old = self._adapters.pop(name, None)
         if old is not None:
             self._remove_adapter(old)
+        shapes = {key: tensor.shape for key, tensor in folded.items()}
+        (cuts,) = self._llm.collective_rpc("fastalign_adapter_cuts", args=(shapes,))
+        held = {key: tensor[cuts[key]] for key, tensor in folded.items()}
         adapter = _Adapter(
             request=self._request_type(f"{name}-{self._last_id}", self._last_id, str(folder)),
             version=version,
-            sent={key: fingerprint(tensor) for key, tensor in folded.items()},
-            shapes={key: tensor.shape for key, tensor in folded.items()},
+            sent={key: fingerprint(tensor) for key, tensor in held.items()},
+            shapes={key: tensor.shape for key, tensor in held.items()},
         )
         try:
             self._send_adapter(adapter)
@@ -435,12 +455,24 @@ class VllmEngine:
         if adapter is not None and adapter not in self._adapters:
             raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
 
-    def _run(self, prompts: Sequence[np.ndarray], params: Any, adapter: str | None) -> list[Any]:
-        """One completion output per prompt."""
+    def _run(
+        self, prompts: Sequence[np.ndarray], params: Sequence[Any], adapter: str | None
+    ) -> list[Any]:
+        """One completion output per prompt of this rank, from one call with those of all ranks that
+        the engine runs on."""
+        version = self._version if adapter is None else self._adapters[adapter].version
+        calls = self._ranks.gather((list(prompts), list(params), (adapter, version)))
+        who = {asked for _, _, asked in calls}
+        if len(who) > 1:
+            raise EngineError(
+                "the ranks that share the vLLM engine ask different weights (adapter, version): "
+                f"{sorted(who, key=str)}"
+            )
+        everything = [prompt for part, _, _ in calls for prompt in part]
         try:
             outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
-                params,
+                [{"prompt_token_ids": prompt.tolist()} for prompt in everything],
+                [param for _, part, _ in calls for param in part],
                 use_tqdm=False,
                 lora_request=None if adapter is None else self._adapters[adapter].request,
             )
@@ -448,10 +480,26 @@ class VllmEngine:
             # What was queued may still be, and would be mixed into the next call's answers.
             self._dead = f"a call failed with {type(error).__name__}"
             raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
-        for prompt, output in zip(prompts, outputs, strict=True):
+        if len(calls) > 1:
+            self._check_same([output.outputs[0] for output in outputs])
+        first = sum(len(part) for part, _, _ in calls[: self._ranks.index])
+        mine = outputs[first : first + len(prompts)]
+        for prompt, output in zip(prompts, mine, strict=True):
             self.prompt_tokens.total += prompt.size
             self.prompt_tokens.cached += output.num_cached_tokens or 0
-        return [output.outputs[0] for output in outputs]
+        return [output.outputs[0] for output in mine]
+
+    def _check_same(self, outputs: Sequence[Any]) -> None:
+        """The ranks of the engine compute one answer to each prompt, to the bit."""
+        found = self._ranks.gather([_answer_hash(output) for output in outputs])
+        for row, hashes in enumerate(zip(*found, strict=True)):
+            if len(set(hashes)) > 1:
+                self._dead = "its ranks do not compute the same"
+                raise EngineError(
+                    f"the {len(hashes)} ranks that share the vLLM engine got different answers to "
+                    f"prompt {row} of {len(outputs)}: they do not hold the same weights, or do not "
+                    "run the same kernels"
+                )
 
     def _send_adapter(self, adapter: _Adapter) -> None:
         try:
@@ -474,6 +522,72 @@ class VllmEngine:
             raise EngineError("vLLM did not reset its prefix cache: requests are still running")
 
 
+def _answer_hash(output: Any) -> bytes:
+    """Of tokens, log-probs and reason of one completion output."""
+    answer = hashlib.blake2b(str(output.finish_reason).encode(), digest_size=8)
+    answer.update(np.asarray(output.token_ids, dtype=np.int32).tobytes())
+    answer.update(np.asarray(output.logprobs.logprobs, dtype=np.float32).tobytes())
+    return answer.digest()
+
+
+def check_transfer(transfer: Transfer, names: frozenset[str]) -> None:
+    """Compare what was sent with what the engine then holds.
+
+    Raises:
+        EngineError: a tensor is missing, extra or of other content.
+    """
+    # Content where it can be read; where not, that the tensor came at all.
+    verify(transfer.sent, transfer.sent | transfer.held, names)
+    verify(
+        transfer.columns_sent,
+        transfer.columns_sent | transfer.columns_held,
+        frozenset(transfer.columns_sent),
+    )
+    if transfer.unsent and not transfer.unread:
+        raise EngineError(
+            f"{len(transfer.unsent)} parameters of the engine got no tensor, the first: "
+            f"{transfer.unsent[0]}"
+        )
+    if transfer.unread:
+        _log.info(
+            "%d of %d tensors reached vLLM's loader but cannot be read back, %s first",
+            len(transfer.unread),
+            len(transfer.sent),
+            transfer.unread[0],
+        )
+
+
+def sampling_arguments(settings: SamplingSettings) -> dict[str, Any]:
+    """What ``SamplingParams`` takes to draw a completion, but for the seed."""
+    return {
+        "max_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "stop": list(settings.stop),
+        "stop_token_ids": list(settings.stop_token_ids),
+        # The model's own end tokens are not ours to add: the settings name all.
+        "ignore_eos": True,
+        "logprobs": 0,
+        "flat_logprobs": True,
+        # Stop strings are found in the text.
+        "detokenize": bool(settings.stop),
+    }
+
+
+def scoring_arguments(token_ids: Sequence[int]) -> dict[str, Any]:
+    """What ``SamplingParams`` takes to score these tokens as the next one."""
+    return {
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "logprob_token_ids": list(token_ids),
+        "flat_logprobs": True,
+        "detokenize": False,
+    }
+
+
 def _rollout(output: Any, version: int) -> Rollout:
     if output.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {output.finish_reason!r}")
@@ -488,9 +602,10 @@ def _rollout(output: Any, version: int) -> Rollout:
     )
 
 
-def _engine_arguments(config: RolloutConfig, max_model_len: int, on_cpu: bool) -> dict[str, Any]:
+def engine_arguments(config: RolloutConfig, max_model_len: int, on_cpu: bool) -> dict[str, Any]:
+    """What vLLM is started with, whatever the model."""
     arguments: dict[str, Any] = {
-        "tensor_parallel_size": 1,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_num_seqs,
@@ -514,13 +629,6 @@ def _engine_arguments(config: RolloutConfig, max_model_len: int, on_cpu: bool) -
     }
 
 
-def _allowed_rank(rank: int) -> int:
-    for allowed in _LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise EngineError(f"LoRA rank {rank}: vLLM takes at most {_LORA_RANKS[-1]}")
-
-
 def _set_environment() -> None:
     """What vLLM reads from the environment, before it is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -533,7 +641,7 @@ def _set_environment() -> None:
 
 
 @contextmanager
-def _process_state_kept() -> Iterator[None]:
+def process_state_kept() -> Iterator[None]:
     """Undo what importing and starting vLLM does to the process.
 
     It seeds every global random state, on the CPU replaces torch.set_num_threads by a function that
@@ -563,68 +671,3 @@ def _process_state_kept() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if device_states:
             torch.cuda.set_rng_state_all(device_states)
-
-
-def _folded(
-    name: str,
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """The adapter's tensors in the engine's dtype, on the CPU, with the scale inside B.
-
-    Raises:
-        EngineError: a tensor or an option that is no plain LoRA's.
-    """
-    if config.get("peft_type") != "LORA":
-        raise EngineError(f"adapter {name!r} is of type {config.get('peft_type')}: LoRA is taken")
-    for option in ("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora"):
-        if config.get(option):
-            raise EngineError(f"adapter {name!r} uses {option}: vLLM does not compute it")
-    folded: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        match = _ADAPTER_TENSOR.match(key)
-        if match is None:
-            raise EngineError(
-                f"adapter {name!r} holds {key}: vLLM computes A and B matrices alone, no DoRA, "
-                "biases or trained modules"
-            )
-        tensor = tensor.detach()
-        if match["part"] in ("lora_B", "lora_embedding_B"):
-            tensor = tensor.float() * _scale(config, match["module"], tensor.shape[1])
-        folded[key] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
-    return folded
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA, as PEFT picks them for a module."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = config.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _write_adapter(folder: Path, folded: Mapping[str, torch.Tensor]) -> None:
-    """Write PEFT's two files, with a scale of 1 for every module."""
-    ranks: dict[str, int] = {}
-    for key, tensor in folded.items():
-        match = _ADAPTER_TENSOR.match(key)
-        assert match is not None
-        if match["part"] in ("lora_A", "lora_embedding_A"):
-            ranks[match["module"]] = tensor.shape[0]
-    largest = max(ranks.values())
-    other = {re.escape(module): rank for module, rank in ranks.items() if rank != largest}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
-        "bias": "none",
-    }
-    folder.mkdir()
-    save_file(dict(folded), folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from fastalign.rollout.sync import Fingerprint, fingerprint
+
+# Rows and columns of a tensor, as it is indexed with them.
+Cut = tuple[slice | torch.Tensor, ...]
 
 # Input columns of each repacked matrix that one transfer reads back.
 _PROBED_COLUMNS = 16
@@ -22,6 +24,9 @@ _PROBED_COLUMNS = 16
 @dataclass
 class Transfer:
     """What one transfer of base weights sent, and what the engine's model then holds.
+
+    Where several ranks share the engine, all of this is of the rows and columns that this rank has
+    to hold; together the ranks hold every row and column.
 
     Attributes:
         sent: checksum of each tensor as the trainer handed it over, in the engine's dtype.
@@ -32,7 +37,7 @@ class Transfer:
         unread: names with neither: they arrived at vLLM's loader, and the canary alone says that
             the engine computes with them.
         unsent: parameters of the engine that nothing was sent for.
-        bytes: of all tensors, in the engine's dtype.
+        bytes: of all tensors as they were sent, in the engine's dtype.
         error: what stopped vLLM's loader, if anything did.
     """
 
@@ -44,6 +49,17 @@ class Transfer:
     unsent: list[str] = field(default_factory=list)
     bytes: int = 0
     error: str | None = None
+
+    def record(self, name: str, tensor: torch.Tensor, version: int, cut: Cut = ()) -> torch.Size:
+        """Take down what is sent: ``tensor`` in the engine's dtype, of which this rank has to hold
+        ``cut``; the shape of that."""
+        part = tensor[cut]
+        self.sent[name] = fingerprint(part)
+        self.bytes += tensor.numel() * tensor.element_size()
+        if part.ndim == 2:
+            picked = _columns(part.shape[1], version).to(part.device)
+            self.columns_sent[name] = _unsigned_zeros(part[:, picked])
+        return part.shape
 
 
 class WorkerExtension:
@@ -64,7 +80,9 @@ class WorkerExtension:
         Tensors outside ``names`` are recorded but kept from vLLM, whose loader would stop at them.
         """
         transfer = Transfer()
+        # Of this rank's part of each tensor.
         shapes: dict[str, torch.Size] = {}
+        places = _places(self.get_model())
         dtype = self.model_config.dtype
         failures: list[Exception] = []
 
@@ -82,12 +100,8 @@ class WorkerExtension:
                 # vLLM keeps what it is given until a whole layer has come, while the sender may
                 # reuse or free its buffer when it is asked for the next tensor: pass on a copy.
                 tensor = tensor.detach().to(device=self.device, dtype=dtype, copy=True)
-                transfer.sent[name] = fingerprint(tensor)
-                transfer.bytes += tensor.numel() * tensor.element_size()
-                shapes[name] = tensor.shape
-                if tensor.ndim == 2:
-                    picked = _columns(tensor.shape[1], version).to(tensor.device)
-                    transfer.columns_sent[name] = _unsigned_zeros(tensor[:, picked])
+                cut = _cut(*places[name], tensor.shape) if name in places else ()
+                shapes[name] = transfer.record(name, tensor, version, cut)
                 if name in names:
                     yield name, tensor
 
@@ -104,8 +118,24 @@ class WorkerExtension:
                 pass
             return transfer
         with torch.no_grad():
-            _read_back(self.get_model(), transfer, shapes, dtype, version)
+            read_back(self.get_model(), transfer, shapes, dtype, version)
         return transfer
+
+    def fastalign_adapter_cuts(self, shapes: Mapping[str, torch.Size]) -> dict[str, Cut]:
+        """Which rows and columns of an adapter's matrices this rank has to hold.
+
+        Args:
+            shapes: shape of each tensor under its name in PEFT's file.
+        """
+        cuts: dict[str, Cut] = dict.fromkeys(shapes, ())
+        for name, module, is_a, index, parts in self._adapter_places(shapes):
+            layer = getattr(module, "base_layer", None)
+            if is_a:
+                # Its columns are the layer's inputs.
+                cuts[name] = (slice(None), _inputs(layer, shapes[name][1]))
+            else:
+                cuts[name] = (_outputs(layer, index, parts, shapes[name][0]),)
+        return cuts
 
     def fastalign_load_adapter(
         self, request: Any, shapes: Mapping[str, torch.Size]
@@ -114,30 +144,17 @@ class WorkerExtension:
 
         Args:
             request: vLLM's ``LoRARequest``.
-            shapes: shape of each tensor under its name in PEFT's file.
+            shapes: shape of this rank's part of each tensor under its name in PEFT's file.
 
         Returns:
             Checksum of each tensor that has a place in the model, in the engine's dtype.
         """
         self.add_lora(request)
-        model = self.get_model()
-        manager = model.lora_manager
+        manager = self.get_model().lora_manager
         slot = manager.lora_index_to_id.index(request.lora_int_id)
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        if mapper is not None:
-            mapper = mapper.get_rename_mapper()
-        fused = {
-            part: (whole, index)
-            for whole, parts in manager.packed_modules.items()
-            for index, part in enumerate(parts)
-        }
         held: dict[str, Fingerprint] = {}
-        for name, shape in shapes.items():
-            module_name, is_a = parse_fine_tuned_lora_name(name, mapper)
-            module_name, index = fused.get(module_name, (module_name, 0))
-            module = manager.modules.get(module_name)
-            if module is None:
-                continue
+        for name, module, is_a, index, _ in self._adapter_places(shapes):
+            shape = shapes[name]
             stack = module.lora_a_stacked if is_a else module.lora_b_stacked
             tensor = (stack[index] if isinstance(stack, tuple) else stack)[slot]
             tensor = tensor.reshape(tensor.shape[-2:])
@@ -147,8 +164,112 @@ class WorkerExtension:
             held[name] = fingerprint(tensor[: shape[0], : shape[1]])
         return held
 
+    def _adapter_places(self, names: Iterable[str]) -> Iterator[tuple[str, Any, bool, int, int]]:
+        """(name, layer with adapters, whether it is an A matrix, which of the layer's parts it is
+        for, how many these are) for each name of a tensor that has a place in the model."""
+        from vllm.lora.utils import parse_fine_tuned_lora_name
 
-def _read_back(
+        model = self.get_model()
+        manager = model.lora_manager
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        if mapper is not None:
+            mapper = mapper.get_rename_mapper()
+        fused = {
+            part: (whole, index, len(parts))
+            for whole, parts in manager.packed_modules.items()
+            for index, part in enumerate(parts)
+        }
+        for name in names:
+            module_name, is_a = parse_fine_tuned_lora_name(name, mapper)
+            module_name, index, parts = fused.get(module_name, (module_name, 0, 1))
+            module = manager.modules.get(module_name)
+            if module is not None:
+                yield name, module, is_a, index, parts
+
+
+# ------------------------------------------------------------------ parts of one rank among several
+
+
+def _place() -> tuple[int, int]:
+    """This rank's place among those of its engine, and how many these are."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def _places(model: torch.nn.Module) -> dict[str, tuple[Any, int, int]]:
+    """(layer, which of its parts, how many these are) by the name of a sent tensor."""
+    return {
+        name: (module, index, len(names))
+        for _, module, _, names in _parameters(model)
+        for index, name in enumerate(names)
+    }
+
+
+def _parameters(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, Any, str, list[str]]]:
+    """(path of a layer, layer, kind of parameter, names of the tensors that it is made from)."""
+    packed = getattr(model, "packed_modules_mapping", None) or {}
+    for path, module in model.named_modules():
+        if "base_layer" in module._modules:
+            continue  # a LoRA wrapper only points to what it wraps
+        path = path.removesuffix(".base_layer")
+        parent, _, leaf = path.rpartition(".")
+        parts = [f"{parent}.{part}" if parent else part for part in packed.get(leaf, [leaf])]
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path, module, kind, [f"{part}.{kind}" if part else kind for part in parts]
+
+
+def _cut(layer: Any, index: int, parts: int, shape: torch.Size) -> Cut:
+    """Which rows and columns this rank has to hold of a tensor of a layer's parameter."""
+    if _place()[1] == 1 or not shape:
+        return ()
+    vocabulary = getattr(layer, "shard_indices", None)
+    if vocabulary is not None:
+        return (slice(vocabulary.org_vocab_start_index, vocabulary.org_vocab_end_index),)
+    rows = _outputs(layer, index, parts, shape[0])
+    return (rows, _inputs(layer, shape[1])) if len(shape) == 2 else (rows,)
+
+
+def _outputs(layer: Any, index: int, parts: int, rows: int) -> slice | torch.Tensor:
+    """This rank's share of a linear layer's outputs, or of those of one of its parts.
+
+    Each part is cut into as many shares as there are ranks, or into fewer that several ranks hold
+    alike (the few key and value heads of attention).
+    """
+    sizes = getattr(layer, "output_partition_sizes", None)
+    if sizes is None:
+        return slice(None)
+    held = sizes[index : index + 1] if parts == len(sizes) else sizes
+    if sum(held) == rows:
+        return slice(None)
+    rank, ranks = _place()
+    found, start = [], 0
+    for i, size in enumerate(held, start=index):
+        alike = getattr(layer, "num_kv_head_replicas", 1) if i else 1
+        first = start + rank // alike * size
+        found.append(torch.arange(first, first + size))
+        start += ranks // alike * size
+    # What is cut in another way cannot be read back.
+    return torch.cat(found) if start == rows else slice(None)
+
+
+def _inputs(layer: Any, columns: int) -> slice:
+    """This rank's share of a linear layer's inputs."""
+    size = getattr(layer, "input_size_per_partition", columns)
+    first = _place()[0] * size if size < columns else 0
+    return slice(first, first + size)
+
+
+# --------------------------------------------------------------------------------------- reading
+
+
+def read_back(
     model: torch.nn.Module,
     transfer: Transfer,
     shapes: Mapping[str, torch.Size],
@@ -156,37 +277,26 @@ def _read_back(
     version: int,
 ) -> None:
     """Find each sent tensor in the model and take its checksum there; mend tied output layers."""
-    packed = getattr(model, "packed_modules_mapping", None) or {}
     sources: dict[int, list[str]] = {}
-    modules = [
-        (path.removesuffix(".base_layer"), module)
-        for path, module in model.named_modules()
-        if "base_layer" not in module._modules  # a LoRA wrapper only points to what it wraps
-    ]
-    for path, module in modules:
-        parent, _, leaf = path.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in packed.get(leaf, [leaf])]
-        for kind, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            names = [f"{part}.{kind}" if part else kind for part in parts]
-            if all(name in shapes for name in names):
-                sources[id(parameter)] = names
-            elif id(parameter) in sources:
-                # An output matrix tied to the input embedding, which is sent once, under the
-                # embedding's name.  vLLM 0.32 repacks only the layer that a tensor was loaded into:
-                # the output layer of the CPU backend would go on with the old matrix, in silence.
-                names = sources[id(parameter)]
-                if hasattr(module, "cpu_linear"):
-                    module.quant_method.process_weights_after_loading(module)
-            else:
-                transfer.unsent.append(f"{path}.{kind}")
-                continue
-            if parameter.numel():
-                _read_parameter(parameter, names, transfer, shapes, dtype)
-            # The CPU backend multiplies by a packed copy, with or without keeping the matrix.
-            if kind == "weight" and hasattr(module, "cpu_linear"):
-                _probe(module, names, transfer, shapes, dtype, version)
+    for path, module, kind, names in _parameters(model):
+        parameter = module._parameters[kind]
+        if all(name in shapes for name in names):
+            sources[id(parameter)] = names
+        elif id(parameter) in sources:
+            # An output matrix tied to the input embedding, which is sent once, under the
+            # embedding's name.  vLLM 0.32 repacks only the layer that a tensor was loaded into:
+            # the output layer of the CPU backend would go on with the old matrix, in silence.
+            names = sources[id(parameter)]
+            if hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
+        else:
+            transfer.unsent.append(f"{path}.{kind}")
+            continue
+        if parameter.numel():
+            _read_parameter(parameter, names, transfer, shapes, dtype)
+        # The CPU backend multiplies by a packed copy, with or without keeping the matrix.
+        if kind == "weight" and hasattr(module, "cpu_linear"):
+            _probe(module, names, transfer, shapes, dtype, version)
     transfer.unread = sorted(shapes.keys() - transfer.held.keys() - transfer.columns_held.keys())
 
 
@@ -235,6 +345,8 @@ def _probe(
     one_hot = torch.zeros(len(picked), width, dtype=dtype)
     one_hot[torch.arange(len(picked)), picked] = 1
     columns = module.quant_method.apply(module, one_hot).T
+    if len(columns) < sum(shapes[name][0] for name in names):
+        return  # cut among ranks in a way that is not known here
     start = 0
     for name in names:
         end = start + shapes[name][0]

