@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import errno
+import hashlib
+import io
 import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fastalign.config import Config, ConfigError, dump_config, parse_config
 from fastalign.data import Example, Stream
 from fastalign.episodes import forget_journals
-from fastalign.model import POLICY, TrainedModel
+from fastalign.model import BASE_KEY, NF4, POLICY, TrainedModel, full_shape
+from fastalign.run import Ahead, Run
 
-PREFIX = "checkpoint-"
+# Behind fastalign.model, which prepares the environment that DeepSpeed reads when imported.
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # isort: skip
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # isort: skip
+from deepspeed.runtime.zero.config import ZeroStageEnum  # isort: skip
+from deepspeed.utils.tensor_fragment import fragment_address  # isort: skip
+
+PREFIX, PARTIAL, OLD = "checkpoint-", ".partial", ".old"
+MANIFEST = "manifest.json"
 START = "start"
 REFERENCE_FILE = "reference.safetensors"
 
@@ -29,7 +43,8 @@ REFERENCE_FILE = "reference.safetensors"
 @dataclass(frozen=True)
 class Position:
     """Where a run stands: ``step`` updates done; next is batch ``batch`` of round ``round``, after
-    an evaluation where one is due.  The policy has become the reference ``references`` times."""
+    an evaluation where one is due.  The policy has become the reference ``references`` times; of
+    ``skipped_steps`` batches no step was made, the last ``skipped_in_a_row`` among them."""
 
     step: int = 0
     round: int = 0
@@ -38,6 +53,8 @@ class Position:
     evals_without_gain: int = 0
     evaluation_due: bool = False
     references: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,151 +64,522 @@ class Pending:
 
     Attributes:
         examples: the round's, all of them, once it is judged.
+        ahead: the round that was sampled last before its turn, whose journal has it.
     """
 
     examples: Sequence[Example] = ()
+    ahead: Ahead | None = None
 
 
-def save_checkpoint(
-    model: TrainedModel, config: Config, position: Position, pending: Pending
-) -> Path:
+class CheckpointError(Exception):
+    """A checkpoint could not be written; one line, which says what is left."""
+
+
+class _WriteError(Exception):
+    """What kept some rank from writing; raised on all."""
+
+
+def save_checkpoint(run: Run, position: Position, pending: Pending) -> Path:
     """Write parameters, optimizer, random states and position; collective.
 
-    The folder appears under its name only when everything in it is written.
+    The folder appears under its name when everything in it is on the disk, with a manifest that
+    was written last; until then an earlier one is as it was.
+
+    Raises:
+        CheckpointError: on all ranks, when one of them cannot write.
     """
-    final = Path(config.output_dir) / f"{PREFIX}{position.step}"
-    aside = final.with_name(f".{final.name}.partial")
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    _save_state(model, aside)
-    if position.references:
-        _save_reference(model, aside / REFERENCE_FILE)
-    torch.save(_random_state(), aside / f"random-{rank}.pt")
-    if rank == 0:
-        if pending.examples:
-            save_examples(aside / "pending.npz", pending.examples)
-        (aside / "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
-        layout = {"processes": dist.get_world_size(), "zero_stage": model.zero_stage}
-        (aside / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
-        (aside / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-    dist.barrier()
-    if rank == 0:
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        forget_old(config)
+    final = Path(run.config.output_dir) / f"{PREFIX}{position.step}"
+    aside = final.with_name(f".{final.name}{PARTIAL}")
+    try:
+        _together(lambda: _make_room(run, aside))
+        _save_state(run.model, aside)
+        tensors = _reference_tensors(run.model) if position.references else {}
+        _together(lambda: _save_rest(run, aside, position, pending, tensors))
+        _save_manifest(aside)
+        _together(lambda: _publish(aside, final))
+    except _WriteError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        left = checkpoints(final.parent)
+        state = f"{left[-1]} is whole" if left else "there is no earlier one"
+        raise CheckpointError(f"{final} could not be written: {error}; {state}") from None
+    if dist.get_rank() == 0:
+        forget_old(run.config)
     dist.barrier()
     return final
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` means, or None to start afresh.
+def _together(work: Callable[[], None]) -> None:
+    """Do ``work`` on each rank; what the disk refuses to one is raised on all.  Collective."""
+    problem = None
+    try:
+        work()
+    except (OSError, SafetensorError) as error:
+        problem = _reason(error)
+    _agree(problem)
+
+
+def _agree(problem: str | None) -> None:
+    found = next((x for x in _gather(problem) if x is not None), None)
+    if found is not None:
+        raise _WriteError(found)
+
+
+def _gather(mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, from wherever they are hidden."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _make_room(run: Run, aside: Path) -> None:
+    if dist.get_rank() != 0:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    earlier = checkpoints(aside.parent)
+    needed = _bytes_of(earlier[-1]) if earlier else _bytes_to_come(run.model)
+    free = shutil.disk_usage(aside).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"it takes {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+        )
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _bytes_to_come(model: TrainedModel) -> int:
+    """The first checkpoint's size: weights, and what AdamW keeps of those that are trained."""
+    size = 0
+    for parameter in model.policy.parameters():
+        if parameter.requires_grad:
+            moments = 8 if parameter.dtype == torch.float32 and not model.zero_stage else 12
+            size += full_shape(parameter).numel() * (parameter.element_size() + moments)
+        elif not model.uses_adapter:
+            size += full_shape(parameter).numel() * parameter.element_size()
+    return size
+
+
+def _save_rest(
+    run: Run,
+    aside: Path,
+    position: Position,
+    pending: Pending,
+    reference: dict[str, torch.Tensor],
+) -> None:
+    """What DeepSpeed does not know of."""
+    _save_random_state(aside / f"random-{run.rank}.safetensors")
+    if run.rank != 0:
+        return
+    if reference:
+        save_file(reference, aside / REFERENCE_FILE)
+    if pending.examples:
+        save_examples(aside / "pending.npz", pending.examples)
+    if pending.ahead is not None:
+        ahead = asdict(replace(pending.ahead, sampling=None))
+        (aside / "ahead.json").write_text(json.dumps(ahead), encoding="utf-8")
+    (aside / "recipe.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    facts = {
+        "layout.json": {"processes": run.world_size, "zero_stage": run.model.zero_stage},
+        "identity.json": run.identity,
+        "position.json": asdict(position),
+    }
+    for name, content in facts.items():
+        (aside / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _save_manifest(folder: Path) -> None:
+    """Bring every file to the disk, and the hashes of all of them last; collective."""
+    hashes: dict[str, str] = {}
+
+    def mine() -> None:
+        names = _files(folder)
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            _sync(folder / name)
+            hashes[name] = _hash(folder / name)
+
+    _together(mine)
+    everyone = _gather(hashes)
+
+    def manifest() -> None:
+        if dist.get_rank() == 0:
+            files = {name: part[name] for part in everyone for name in part}
+            text = json.dumps({"files": files, "sha256": _hash_of(files)}, indent=1)
+            (folder / MANIFEST).write_text(text, encoding="utf-8")
+            _sync(folder / MANIFEST)
+            for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+                _sync(path)
+
+    _together(manifest)
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below, the manifest's own left out."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _hash_of(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Give a whole folder its name, in place of another that may have it."""
+    if dist.get_rank() != 0:
+        return
+    old = final.with_name(f".{final.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_best(model: TrainedModel, tokenizer: Any, output_dir: str) -> None:
+    """The result of now as ``output_dir/best``, which is always a whole one; collective."""
+    final = Path(output_dir, "best")
+    aside = final.with_name(f".{final.name}{PARTIAL}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    save_result(model, tokenizer, aside)
+    try:
+        _together(lambda: _publish(aside, final))
+    except _WriteError as error:
+        raise CheckpointError(f"{final} could not be written: {error}") from None
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint that ``resume_from_checkpoint`` means, or None to start afresh; and what to
+    tell of newer ones that are damaged.  Collective.
 
     Raises:
-        ConfigError: a named folder is no checkpoint, or a fresh run would mix with an old one.
+        ConfigError: a named folder is no whole checkpoint, none of several is whole, or a fresh
+            run would mix with an old one.
     """
     wanted = config.resume_from_checkpoint
-    found = checkpoints(Path(config.output_dir))
+    output_dir = Path(config.output_dir)
     if wanted is False:
+        found = [*output_dir.glob(f".{PREFIX}*{OLD}"), *checkpoints(output_dir)]
         if found:
             raise ConfigError(
                 f"output_dir = {config.output_dir!r} holds {found[-1].name} of an earlier run: "
                 "continue it with --resume, or choose another folder"
             )
-        return None
+        return None, []
     if isinstance(wanted, str):
         path = Path(wanted)
-        if not (path / "position.json").is_file():
+        if not (path / MANIFEST).is_file():
             raise ConfigError(f"resume_from_checkpoint = {wanted!r}: no checkpoint there")
-        return path
-    return found[-1] if found else None
+        broken = damage(path)
+        if broken:
+            raise ConfigError(f"resume_from_checkpoint = {wanted!r}: damaged: {broken}")
+        return path, []
+    if dist.get_rank() == 0:
+        _tidy(output_dir)
+    dist.barrier()
+    skipped: list[str] = []
+    for path in reversed(checkpoints(output_dir)):
+        broken = damage(path)
+        if not broken:
+            return path, [f"skipped {line}" for line in skipped]
+        skipped.append(f"{path}: damaged: {broken}")
+    if skipped:
+        raise ConfigError("resume_from_checkpoint: no checkpoint is whole: " + "; ".join(skipped))
+    return None, []
+
+
+def damage(path: Path) -> str:
+    """What of a checkpoint is not as it was written, "" where all is; collective."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = dict(manifest["files"])
+        if manifest["sha256"] != _hash_of(files):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not as it was written"
+    broken = []
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            if _hash(path / name) != files[name]:
+                broken.append(f"{name} is not as it was written")
+        except FileNotFoundError:
+            broken.append(f"{name} is missing")
+        except OSError as error:
+            broken.append(f"{name}: {error.strerror}")
+    return ", ".join(sorted(line for part in _gather(broken) for line in part))
+
+
+def _tidy(output_dir: Path) -> None:
+    """Put back a checkpoint that a killed run was about to replace, and remove what is none."""
+    for old in output_dir.glob(f".{PREFIX}*{OLD}"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    for partial in output_dir.glob(f".*{PARTIAL}"):
+        shutil.rmtree(partial)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in output_dir.glob(f"{PREFIX}*") if (p / "position.json").is_file()]
+    """Checkpoints that were written to their end, oldest first."""
+    found = [p for p in output_dir.glob(f"{PREFIX}*") if (p / MANIFEST).is_file()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
-def load_checkpoint(model: TrainedModel, config: Config, path: Path) -> tuple[Position, Pending]:
+def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
     """Put a run back where :func:`save_checkpoint` left it; collective."""
     import yaml
 
+    model = run.model
     saved = parse_config(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
-    _check_same_run(saved, config, path)
+    _check_same_run(saved, run.config, path)
     layout = json.loads((path / "layout.json").read_text(encoding="utf-8"))
     here = {"processes": dist.get_world_size(), "zero_stage": model.zero_stage}
-    if layout != here:
+    if layout["zero_stage"] != model.zero_stage:
         raise ConfigError(
             f"resume_from_checkpoint: {path} was written by {layout['processes']} process(es) at "
             f"ZeRO stage {layout['zero_stage']}, these are {here['processes']} at stage "
-            f"{here['zero_stage']}: set nproc_per_node and zero_stage as they were"
+            f"{here['zero_stage']}: set zero_stage = {layout['zero_stage']}"
         )
-    _load_state(model, path)
-    # Written by us, by this program, in this run's own folder: tensors and plain values only.
-    _restore_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=True))
+    if layout != here and not _regroups(model):
+        raise ConfigError(
+            f"resume_from_checkpoint: {path} was written by {layout['processes']} process(es), "
+            f"these are {here['processes']}: bfloat16 and online.fresh_adapter need as many; set "
+            f"nproc_per_node = {layout['processes']}"
+        )
+    identity = json.loads((path / "identity.json").read_text(encoding="utf-8"))
+    # Rank 0 hashed them.
+    _check_same_content(identity, _gather(run.identity)[0], path)
+    if layout == here or model.zero_stage == 0:
+        _load_state(model, path)
+    else:
+        run.tracker.say(
+            f"{path} was written by {layout['processes']} process(es): it is converted for "
+            f"{here['processes']}"
+        )
+        _load_regrouped(model, path)
+    random_state = path / f"random-{run.rank}.safetensors"
+    # A rank that there was not has the random numbers of a fresh run.
+    if random_state.is_file():
+        _restore_random_state(random_state)
     position = _position(path)
     if position.references:
         model.load_reference(load_file(path / REFERENCE_FILE))
     return position, _load_pending(path)
 
 
+def _check_same_content(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """Refuse other contents under the names that the recipe has."""
+    for key in ("model_hash", "adapter_hash", "data", "judge_hash"):
+        name, old, new = _difference(key.removesuffix("_hash"), saved.get(key), now.get(key))
+        if old != new:
+            raise ConfigError(
+                f"resume_from_checkpoint: {path} was made with other contents of {name}: SHA-256 "
+                f"{str(old)[:12]} then, {str(new)[:12]} now; put them back or start afresh in "
+                "another output_dir"
+            )
+
+
 def _load_pending(path: Path) -> Pending:
-    examples = path / "pending.npz"
-    return Pending(load_examples(examples) if examples.is_file() else ())
+    examples, ahead = path / "pending.npz", path / "ahead.json"
+    return Pending(
+        load_examples(examples) if examples.is_file() else (),
+        Ahead(**json.loads(ahead.read_text(encoding="utf-8"))) if ahead.is_file() else None,
+    )
 
 
 def save_start(model: TrainedModel, output_dir: str) -> None:
-    """Keep what was trained of the start of the run, and its optimizer; collective."""
-    _save_state(model, Path(output_dir, START))
+    """Keep what was trained of the start of the run, and its optimizer; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when one of them cannot write.
+    """
+    final = Path(output_dir, START)
+    aside = final.with_name(f".{START}{PARTIAL}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
+    try:
+        _together(lambda: aside.mkdir(parents=True, exist_ok=True))
+        _save_state(model, aside)
+        _save_manifest(aside)
+        _together(lambda: _publish(aside, final))
+    except _WriteError as error:
+        raise CheckpointError(f"{final} could not be written: {error}") from None
 
 
 def load_start(model: TrainedModel, output_dir: str) -> None:
     """Put what is trained, and its optimizer, back to the start of the run; collective.
 
     Raises:
-        ConfigError: the folder is gone.
+        ConfigError: the folder is gone, or is not as it was written.
     """
     path = Path(output_dir, START)
     if not path.is_dir():
         raise ConfigError(f"online.fresh_adapter: {path} with the start of the run is missing")
+    broken = damage(path)
+    if broken:
+        raise ConfigError(f"online.fresh_adapter: {path} is damaged: {broken}")
     _load_state(model, path)
 
 
+class _Files(TorchCheckpointEngine):
+    """How DeepSpeed reads and writes a file.  What the disk refuses is kept until all ranks can be
+    told, for they wait for each other; of what is read nothing is executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except (OSError, RuntimeError) as error:
+            # Behind an error of the disk torch raises one of its own.
+            if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+                raise
+            self.problem = _reason(error)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextlib.contextmanager
+def _our_files(model: TrainedModel) -> Iterator[_Files]:
+    files, theirs = _Files(), model.engine.checkpoint_engine
+    model.engine.checkpoint_engine = files
+    try:
+        yield files
+    finally:
+        model.engine.checkpoint_engine = theirs
+
+
 def _save_state(model: TrainedModel, folder: Path) -> None:
-    model.engine.save_checkpoint(
-        str(folder), tag="state", exclude_frozen_parameters=model.uses_adapter
-    )
+    with _our_files(model) as files:
+        try:
+            model.engine.save_checkpoint(
+                str(folder),
+                tag="state",
+                save_latest=False,
+                exclude_frozen_parameters=model.uses_adapter,
+            )
+        except OSError as error:
+            # Rank 0, about a script that DeepSpeed puts beside its files while others wait.
+            files.problem = _reason(error)
+            dist.barrier()
+    _agree(files.problem)
 
 
-def _save_reference(model: TrainedModel, path: Path) -> None:
+def _reference_tensors(model: TrainedModel) -> dict[str, torch.Tensor]:
+    """Of rank 0; collective."""
     tensors = {}
     for name, tensor in model.iter_reference():
         if dist.get_rank() == 0:
             tensors[name] = tensor.cpu().clone()
-    if dist.get_rank() == 0:
-        save_file(tensors, path)
+    return tensors
 
 
 def _load_state(model: TrainedModel, folder: Path) -> None:
-    loaded, _ = model.engine.load_checkpoint(
-        str(folder), tag="state", load_module_strict=not model.uses_adapter
-    )
+    with _our_files(model):
+        loaded, _ = model.engine.load_checkpoint(
+            str(folder), tag="state", load_module_strict=not model.uses_adapter
+        )
     if loaded is None:
         raise ConfigError(f"{folder}: DeepSpeed could not load its part of the checkpoint")
+
+
+def _regroups(model: TrainedModel) -> bool:
+    """Whether another number of ranks can take over."""
+    online = model.config.online
+    return model.dtype == torch.float32 and not (online and online.fresh_adapter)
+
+
+def _load_regrouped(model: TrainedModel, path: Path) -> None:
+    """Load what another number of ranks has written, through DeepSpeed's universal checkpoint,
+    which is made beside it for the time of loading; collective.
+
+    DeepSpeed's converter unpickles its own files, whose hashes have been compared before.
+    """
+    folder = path.with_name(f".{path.name}.universal{PARTIAL}")
+    try:
+        _together(lambda: _convert(path / "state", folder / "state"))
+    except _WriteError as error:
+        raise CheckpointError(f"{path} could not be converted: {error}") from None
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in model.optimizer.param_groups]
+    settings = model.engine._config
+    settings.load_universal_checkpoint = True
+    try:
+        _load_state(model, folder)
+    finally:
+        settings.load_universal_checkpoint = False
+    # DeepSpeed 0.19 gives all groups the settings of the first and, at stage 3, one step counter.
+    for group, before in zip(model.optimizer.param_groups, groups, strict=True):
+        group.update(before)
+    for state in model.optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def _convert(source: Path, target: Path) -> None:
+    if dist.get_rank() != 0:
+        return
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.mkdir(parents=True)
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    # Its progress is nobody's standard output.
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        ds_to_universal.main(options)
 
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
     "eval_steps", "report_to", "early_stopping_patience", "eval_judge", "declared_licenses",
+    "max_skipped_steps",
     "nproc_per_node", "judge_datasets", "profile",
 }  # fmt: skip
 # Of a judge's endpoint: how it is asked and paid, not what it says.
@@ -199,11 +587,13 @@ _FREE_ENDPOINT = {
     "api_key_env", "max_concurrency", "max_retries", "timeout_s", "input_cost_per_million",
     "output_cost_per_million", "max_cost", "max_requests",
 }  # fmt: skip
+# Of a vLLM server: how it is reached.
+_FREE_SERVER = {"port", "start_timeout_s", "timeout_s"}
 
 
 def _check_same_run(saved: Config, config: Config, path: Path) -> None:
-    paid = {"judge": {"endpoint": _FREE_ENDPOINT}}
-    before, now = (c.model_dump(mode="json", by_alias=True, exclude=paid) for c in (saved, config))
+    free = {"judge": {"endpoint": _FREE_ENDPOINT}, "rollout": {"server": _FREE_SERVER}}
+    before, now = (c.model_dump(mode="json", by_alias=True, exclude=free) for c in (saved, config))
     for key in (key for key in now if key not in _FREE):
         name, old, new = _difference(key, before.get(key), now[key])
         if old != new:
@@ -227,30 +617,38 @@ def forget_old(config: Config) -> None:
     found = checkpoints(Path(config.output_dir))
     for old in found[: -config.save_total_limit]:
         shutil.rmtree(old)
-    forget_journals(config.output_dir, _position(found[-config.save_total_limit :][0]).round)
+    try:
+        first = _position(found[-config.save_total_limit :][0]).round
+    except (OSError, ValueError, TypeError):
+        # Damaged: where it would go on is not known.
+        return
+    forget_journals(config.output_dir, first)
 
 
 def _position(path: Path) -> Position:
     return Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
 
 
-def _random_state() -> dict[str, Any]:
+def _save_random_state(path: Path) -> None:
     version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
+    tensors = {
         "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, path, metadata={"gauss": json.dumps(gauss)})
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
+def _restore_random_state(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        gauss = json.loads(file.metadata()["gauss"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    torch.set_rng_state(tensors["torch"])
+    version, *internal = tensors["python"].tolist()
     random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def save_examples(path: Path, examples: Sequence[Example]) -> None:
@@ -294,7 +692,10 @@ def save_result(model: TrainedModel, tokenizer: Any, folder: Path) -> None:
         tensors = {k: v.cpu().contiguous() for k, v in model.adapter_tensors(POLICY).items()}
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            metadata = {"format": "pt"}
+            if model.config.load_in_4bit:
+                metadata[BASE_KEY] = NF4
+            save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
             peft_config = model.policy.model.peft_config[POLICY]
             before, peft_config.inference_mode = peft_config.inference_mode, True
             peft_config.save_pretrained(str(folder))

@@ -6,16 +6,20 @@ Exit codes: 0 done, 1 failed, 2 wrong recipe, data or command line, 75 paused wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
 from fastalign import __version__
@@ -30,10 +34,16 @@ from fastalign.config import (
     load_judge,
 )
 from fastalign.data import Kind
+from fastalign.preemption import SIGNALS, Interrupted, Stop
 
 OK, FAILED, USAGE, PAUSED = 0, 1, 2, 75
 # How long a rank with a mistake waits for the first one to name it.
 PATIENCE_S = 10.0
+# Processes that the main thread has started, where the system tells.
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
+# What a disk that is full, broken or not ours says; anything else is a mistake of the program.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+TOO_EARLY = "before the first step: there is nothing to save; start the same again"
 
 TRAIN_HELP = """\
 examples:
@@ -67,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     planning("--gpus", type=_whole_number(1), metavar="N", help="how many, of all nodes")
     planning("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200, b200, l40s, 4090, ...")
     planning("--gpu-memory", type=float, metavar="GIB", help="of a GPU that has no name here")
+    planning("--calibration", metavar="RUN", help="a run on such a GPU, to take times from")
     planning("--json", action="store_true", help="the whole plan as JSON")
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
@@ -677,19 +688,40 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
     if "LOCAL_RANK" not in os.environ:
         processes = resolve_processes(config)
         if processes > 1 or torchrun_options:
-            return _torchrun(processes, torchrun_options, arguments.recipe, overrides)
+            try:
+                return _torchrun(processes, torchrun_options, arguments.recipe, overrides)
+            except Interrupted:
+                _complain(f"paused: a signal {TOO_EARLY}")
+                return PAUSED
 
+    stop = Stop()
+    try:
+        with stop.listening():
+            return _train_here(config, stop)
+    except Interrupted:
+        _complain(f"paused: {stop.reason} {TOO_EARLY}")
+        return PAUSED
+
+
+def _train_here(config: Config, stop: Stop) -> int:
+    """One rank's share of a run."""
+    from fastalign.checkpoint import CheckpointError
     from fastalign.endpoint import JudgeError
     from fastalign.rollout import EngineError
     from fastalign.train import Paused, train
 
     try:
-        train(config)
+        train(config, stop)
     except EngineError as error:
         _complain(f"rollout engine: {error}")
         return FAILED
-    except (FloatingPointError, JudgeError) as error:
+    except (CheckpointError, FloatingPointError, JudgeError) as error:
         _complain(str(error))
+        return FAILED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _complain(f"{error.filename or config.output_dir}: {error.strerror}")
         return FAILED
     except Paused as reason:
         _complain(f"paused: {reason}")
@@ -699,7 +731,7 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
 
 def _check_planning(arguments: argparse.Namespace) -> None:
     """Refuse options of a plan that would say nothing."""
-    for name in ("gpus", "gpu", "gpu_memory", "json"):
+    for name in ("gpus", "gpu", "gpu_memory", "calibration", "json"):
         said = getattr(arguments, name) not in (None, False)
         if said and not (arguments.dry_run and arguments.gpus):
             raise ConfigError(f"--{name.replace('_', '-')} goes with --dry-run and --gpus N")
@@ -715,27 +747,35 @@ def _plan(arguments: argparse.Namespace, config: Config) -> int:
 
     from fastalign import plan
 
-    advice = plan.advise(
-        plan.Planner(config, plan.find_gpu(arguments.gpu, arguments.gpu_memory)), arguments.gpus
-    )
+    planner = plan.Planner(config, plan.find_gpu(arguments.gpu, arguments.gpu_memory))
+    calibration = plan.calibrate(arguments.calibration) if arguments.calibration else None
+    advice = plan.advise(planner, arguments.gpus)
+    times = planner.times(advice.plan, calibration) if calibration else None
     if arguments.json:
-        print(json.dumps(plan.report(advice), indent=1))
+        print(json.dumps(plan.report(advice, times), indent=1))
     else:
-        plan.show(advice, Console())
+        plan.show(advice, Console(), times)
     return OK
 
 
 def resolve_processes(config: Config) -> int:
-    """Processes on this node: one for each GPU, one on a CPU, unless the recipe says."""
+    """Processes on this node: one for each GPU that is no server's, one on a CPU, unless the recipe
+    says."""
     if config.nproc_per_node != "auto":
         return config.nproc_per_node
     import torch
 
-    return max(torch.cuda.device_count(), 1)
+    server = config.online is not None and config.rollout.engine == "server"
+    taken = len(config.rollout.server.devices) if server else 0
+    return max(torch.cuda.device_count() - taken, 1)
 
 
 def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[str]) -> int:
-    """Start one process for each rank and wait; a rank's exit code becomes ours."""
+    """Start one process for each rank and wait; a rank's exit code becomes ours.
+
+    SIGTERM and SIGINT are the ranks' to answer, which need their time for it: they are passed on,
+    where torchrun would kill the ranks soon after.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -756,24 +796,57 @@ def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[s
     single_node = not any(option.startswith("--nnodes") for option in options)
     # A rank that fails says why itself; torchrun's own report would bury that line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    heard: list[int] = []
     try:
-        torchrun.run(
-            torchrun.parse_args(
-                [
-                    f"--nproc-per-node={processes}",
-                    *(["--standalone"] if single_node else []),
-                    *options,
-                    "--module",
-                    "fastalign",
-                    "train",
-                    recipe,
-                    *overrides,
-                ]
+        with _passing_on(heard):
+            torchrun.run(
+                torchrun.parse_args(
+                    [
+                        f"--nproc-per-node={processes}",
+                        *(["--standalone"] if single_node else []),
+                        *(["--signals-to-handle=SIGHUP,SIGQUIT"] if CHILDREN.exists() else []),
+                        *options,
+                        "--module",
+                        "fastalign",
+                        "train",
+                        recipe,
+                        *overrides,
+                    ]
+                )
             )
-        )
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
+        if heard and codes <= {-number for number in SIGNALS}:
+            # They were ended before they listened, or at once by a second signal.
+            if len(heard) > 1:
+                return 128 + heard[-1]
+            _complain(f"paused: {signal.Signals(heard[0]).name} {TOO_EARLY}")
+            return PAUSED
         return next((code for code in (USAGE, PAUSED) if code in codes), FAILED)
     return OK
+
+
+@contextlib.contextmanager
+def _passing_on(heard: list[int]) -> Iterator[None]:
+    """Pass signals on to the processes that were started, and note them in ``heard``."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        children = [int(pid) for pid in CHILDREN.read_text().split()]
+        if not children:
+            raise Interrupted
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    if not CHILDREN.exists():
+        yield
+        return
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

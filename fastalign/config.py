@@ -141,6 +141,12 @@ class OnlineConfig(_Strict):
         description="Iterated self-judgment: after so many iterations, again and again, the policy "
         "becomes the reference and with it the judge; null: the start of the run stays both.",
     )
+    max_staleness: Literal[0, 1] = Field(
+        0,
+        description="How many rounds older than the policy the weights may be that sampled a "
+        "round; 0: on-policy; 1: the engine, a server, samples a round while the one before it is "
+        "trained on.",
+    )
     fresh_adapter: bool = Field(
         False,
         description="Train each round's adapter anew from the start of the run, by a schedule of "
@@ -148,17 +154,51 @@ class OnlineConfig(_Strict):
     )
 
 
+class ServerConfig(_Strict):
+    """vLLM as a server of its own, which the trainer starts and ends."""
+
+    devices: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="Its GPUs, behind those of the trainer; with several, tensor parallel."
+    )
+    port: PositiveInt | None = Field(None, description="On this machine; null: a free one.")
+    start_timeout_s: PositiveFloat = Field(600.0, description="Until it answers.")
+    timeout_s: PositiveFloat = Field(
+        3600.0, description="Of one request: at most a rank's share of a round."
+    )
+
+
 class RolloutConfig(_Strict):
     """The rollout engine."""
 
-    engine: Literal["auto", "vllm", "hf"] = Field(
-        "auto", description="'auto' takes vLLM when it is installed, the embedded engine otherwise."
+    engine: Literal["auto", "vllm", "hf", "server"] = Field(
+        "auto",
+        description="'auto' takes vLLM when it is installed, the embedded engine otherwise; "
+        "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
+    server: ServerConfig = ServerConfig()
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
     enforce_eager: bool = True
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="So many neighbouring processes share one vLLM engine, each with its part of "
+        "every layer; has to divide the number of processes. For models too large for one GPU.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutConfig:
+        if self.engine in ("hf", "server") and self.tensor_parallel_size > 1:
+            why = {
+                "hf": "holds the whole model in each process",
+                "server": "is no engine of the run's processes",
+            }[self.engine]
+            raise ValueError(
+                f"rollout.tensor_parallel_size is {self.tensor_parallel_size} with rollout.engine "
+                f"{self.engine!r}, which {why}: leave one of them out"
+            )
+        return self
 
 
 class EndpointConfig(_Strict):
@@ -291,6 +331,12 @@ class ModelConfig(_Strict):
         description="Adapter on it. One that training starts from is also the frozen reference "
         "and judge.",
     )
+    load_in_4bit: bool = Field(
+        False,
+        description="QLoRA: linear layers but for the LM head in NF4 (bitsandbytes, double "
+        "quantisation). Training wants use_peft and ZeRO 0 to 2. An adapter that was trained on "
+        "such a base brings it along.",
+    )
 
 
 class Config(ModelConfig):
@@ -305,6 +351,12 @@ class Config(ModelConfig):
         None, description="null: packed, with flash-attn when it is installed."
     )
     gradient_checkpointing: bool = False
+    activation_offloading: bool = Field(
+        False, description="What gradient checkpointing keeps waits in the host's memory."
+    )
+    torch_compile: bool = Field(
+        False, description="Layers are compiled, each pass but its attention and head."
+    )
     use_peft: bool = False
     lora_r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
@@ -338,6 +390,11 @@ class Config(ModelConfig):
     max_grad_norm: PositiveFloat = 1.0
     num_train_epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = None
+    max_skipped_steps: PositiveInt = Field(
+        3,
+        description="A step whose loss or gradient norm is no finite number is not made; the run "
+        "stops at so many in a row.",
+    )
     global_batch_size: PositiveInt = 8
     micro_batch_tokens: PositiveInt = 8192
     normalization: Literal["record", "token"] = Field(
@@ -417,10 +474,25 @@ class Config(ModelConfig):
     def _check(self) -> Config:
         if not (self.cut.align_p or self.cut.align_n or self.cut.misalign):
             raise ValueError("cut.align_p, align_n and misalign are all false: nothing is trained")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offloading keeps on the host what gradient checkpointing saves: set "
+                "gradient_checkpointing: true with it"
+            )
         if self.online is not None and self.online.fresh_adapter and not self.use_peft:
             raise ValueError("online.fresh_adapter is true but use_peft is false: set it to true")
         if self.online is not None:
             _check_online(self.method, self.online, self.eval_judge)
+        if (
+            self.online is not None
+            and self.online.max_staleness
+            and self.rollout.engine != "server"
+        ):
+            raise ValueError(
+                f"online.max_staleness is {self.online.max_staleness} with rollout.engine "
+                f"{self.rollout.engine!r}: only an engine of its own samples while the model is "
+                "trained; set rollout.engine to 'server', or max_staleness to 0"
+            )
         if self.online is not None and self.online.fresh_adapter and self.refreshes:
             raise ValueError(
                 f"online.rounds_per_reference is {self.online.rounds_per_reference} and "
@@ -435,6 +507,7 @@ class Config(ModelConfig):
                 _check_judge(key, who)
         if self.adapter_name_or_path is not None and not self.use_peft:
             raise ValueError("adapter_name_or_path is set but use_peft is false: set it to true")
+        check_4bit(self)
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing} with loss_type {self.loss_type!r}: "
@@ -449,6 +522,42 @@ class Config(ModelConfig):
         if self.eval_judge is not None and self.eval_judge == self.judge:
             raise ValueError("eval_judge is the training judge: another one has to measure it")
         return self
+
+
+def check_4bit(config: Config) -> None:
+    """Refuse what a base in NF4 cannot do.
+
+    Raises:
+        ValueError: the base is to be trained itself, spread over ranks, compiled, or served.
+    """
+    if not config.load_in_4bit:
+        return
+    if not config.use_peft:
+        raise ValueError(
+            "load_in_4bit is true but use_peft is false: weights in 4 bits cannot be trained "
+            "themselves; set use_peft to true, or load_in_4bit to false"
+        )
+    if config.zero_stage == 3:
+        raise ValueError(
+            "load_in_4bit is true with zero_stage 3, which cannot spread weights in 4 bits: set "
+            "zero_stage to 2 ('auto' does), or load_in_4bit to false"
+        )
+    if config.online is not None and config.rollout.engine == "server":
+        raise ValueError(
+            "load_in_4bit is true with rollout.engine 'server', which has not been tried with a "
+            "base in 4 bits: set rollout.engine to 'vllm' or 'hf'"
+        )
+    if config.online is not None and config.rollout.tensor_parallel_size > 1:
+        raise ValueError(
+            f"load_in_4bit is true with rollout.tensor_parallel_size "
+            f"{config.rollout.tensor_parallel_size}: an engine that ranks share has not been tried "
+            "with a base in 4 bits; leave it at 1"
+        )
+    if config.torch_compile:
+        raise ValueError(
+            "load_in_4bit is true with torch_compile, which nobody has proven for products with "
+            "weights in 4 bits: leave one of them out"
+        )
 
 
 def _check_online(method: str, online: OnlineConfig, eval_judge: JudgeConfig | None) -> None:

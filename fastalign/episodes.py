@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,8 @@ class Episode:
         pairs: rollouts that the method trains on as (chosen, rejected).
         winner: of a tournament between the rollouts.
         kept: rollouts that the method imitates (ReST, RAFT).
+        staleness: how many rounds older than the policy's the weights were that sampled it, when
+            it was judged; 0: on-policy.
     """
 
     index: int
@@ -91,6 +95,7 @@ class Episode:
     sampler_ids: np.ndarray | None = None
     completion: str | None = None
     judgment: str | None = None
+    staleness: int = 0
 
     @property
     def asked_ids(self) -> np.ndarray:
@@ -163,6 +168,7 @@ class Episode:
         row |= {
             "finish_reasons": [rollout.finish_reason for rollout in self.rollouts],
             "weight_version": self.rollouts[0].weight_version if self.rollouts else None,
+            "staleness": self.staleness,
             "prompt_ids": self.prompt_ids.tolist(),
             "token_ids": [rollout.token_ids.tolist() for rollout in self.rollouts],
             **({} if self.sampler_ids is None else {"sampler_ids": self.sampler_ids.tolist()}),
@@ -211,6 +217,7 @@ class Episode:
             ),
             completion=row.get("completion"),
             judgment=row.get("judgment"),
+            staleness=row.get("staleness", 0),
         )
 
 
@@ -225,11 +232,64 @@ def journal_path(output_dir: str, round_index: int, rank: int) -> Path:
     return Path(output_dir, LOG, f"{round_index:04d}-{rank}.journal")
 
 
+def verdicts_path(output_dir: str, round_index: int, rank: int) -> Path:
+    """What the judge said of a rank's share of a round, beside its journal."""
+    return journal_path(output_dir, round_index, rank).with_suffix(".verdicts")
+
+
 def forget_journals(output_dir: str, first: int) -> None:
-    """Remove all ranks' journals of the rounds before round ``first``."""
-    for path in Path(output_dir, LOG).glob("*-*.journal"):
-        if int(path.name.partition("-")[0]) < first:
-            path.unlink()
+    """Remove all ranks' journals and verdicts of the rounds before round ``first``."""
+    for suffix in ("journal", "verdicts"):
+        for path in Path(output_dir, LOG).glob(f"*-*.{suffix}"):
+            if int(path.name.partition("-")[0]) < first:
+                path.unlink()
+
+
+def verdicts_key(judge: Mapping[str, Any], episodes: Sequence[Episode]) -> str:
+    """A name for what a judge is asked: its settings, as JSON takes them, and the episodes' prompts
+    and answers."""
+    content = hashlib.sha256(json.dumps(judge, sort_keys=True).encode())
+    for episode in episodes:
+        content.update(json.dumps([episode.index, episode.prompt, episode.texts]).encode())
+        for rollout in episode.rollouts:
+            content.update(rollout.token_ids.tobytes())
+    return content.hexdigest()
+
+
+def keep_verdicts(path: Path, key: str, episodes: Sequence[Episode]) -> None:
+    """Write what was said of episodes, for :func:`recall_verdicts`: whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(e.to_json() + "\n" for e in episodes).encode()
+    head = json.dumps({"key": key, "sha256": hashlib.sha256(lines).hexdigest()}).encode()
+    aside = path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        file.write(head + b"\n" + lines)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def recall_verdicts(path: Path, key: str, episodes: Sequence[Episode]) -> list[Episode] | None:
+    """The episodes, in the order in which they were judged, with what a judge said of them when it
+    was asked the same before; else None."""
+    if not path.is_file():
+        return None
+    head, _, lines = path.read_bytes().partition(b"\n")
+    if head != json.dumps({"key": key, "sha256": hashlib.sha256(lines).hexdigest()}).encode():
+        return None
+    asked = {episode.index: episode for episode in episodes}
+    said = [Episode.from_json(line) for line in lines.decode().split("\n")[:-1]]
+    return [
+        replace(
+            asked[then.index],
+            judgments=then.judgments,
+            noise=then.noise,
+            matches=then.matches,
+            verdicts=then.verdicts,
+            winner=then.winner,
+        )
+        for then in said
+    ]
 
 
 def sample_once(
@@ -239,6 +299,7 @@ def sample_once(
     seeds: Sequence[int],
     generate: Callable[[], list[Rollout]],
     say: Callable[[str], None],
+    all_agree: Callable[[bool], bool] = bool,
 ) -> list[Rollout]:
     """What ``generate`` returns for these prompts and seeds, committed to the journal at ``path``;
     or, where that holds all of it for the same call, prompts and seeds, what it returned then.
@@ -247,6 +308,8 @@ def sample_once(
         call: what else decides what is sampled, as JSON takes it.
         prompts: int32 [P_i] each; equal ones follow each other.
         say: told what was found in a journal.
+        all_agree: see :meth:`fastalign.rollout.RolloutEngine.all_agree`: ranks whose calls are one
+            call of their engine use their journals together, or none does.
 
     Returns:
         Rollouts whose arrays are views of the journal.
@@ -254,22 +317,16 @@ def sample_once(
     Raises:
         ConfigError: the file is none of ours.
     """
-    settings = json.dumps(call, sort_keys=True).encode()
-    if path.exists():
-        try:
-            with EpisodeStore(path) as store:
-                _check_call(store, settings, prompts, seeds)
-                say(f"{path}: {len(store)} rollouts were sampled before, and are used")
-                return _rollouts(store)
-        except NotAJournal as error:
-            raise ConfigError(f"{error}; rollouts are to be kept there: move it away") from None
-        except ValueError as error:
-            say(f"{path}: {error}; they are sampled anew")
-            path.unlink()
+    stored = _stored(path, call, prompts, seeds, say)
+    if all_agree(stored is not None) and stored is not None:
+        return _told(stored, path, say)
+    if stored is not None:
+        say(f"{path}: a rank that shares the engine lost its rollouts; all are sampled anew")
+        path.unlink()
     rollouts = generate()
     path.parent.mkdir(parents=True, exist_ok=True)
     with EpisodeStore(path) as store:
-        number, prompt = store.append_settings(settings), -1
+        number, prompt = store.append_settings(_settings(call)), -1
         for i, (ids, seed, rollout) in enumerate(zip(prompts, seeds, rollouts, strict=True)):
             if i == 0 or not np.array_equal(ids, prompts[i - 1]):
                 prompt = store.append_prompt(ids)
@@ -283,6 +340,54 @@ def sample_once(
                 weight_version=rollout.weight_version,
             )
         return _rollouts(store)
+
+
+def recall(
+    path: Path,
+    call: Mapping[str, Any],
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+) -> list[Rollout] | None:
+    """What the journal at ``path`` holds of a call, see :func:`sample_once`; None, and no file any
+    more, unless it is all of it.
+
+    Raises:
+        ConfigError: the file is none of ours.
+    """
+    stored = _stored(path, call, prompts, seeds, say)
+    return None if stored is None else _told(stored, path, say)
+
+
+def _told(stored: list[Rollout], path: Path, say: Callable[[str], None]) -> list[Rollout]:
+    say(f"{path}: {len(stored)} rollouts were sampled before, and are used")
+    return stored
+
+
+def _stored(
+    path: Path,
+    call: Mapping[str, Any],
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+) -> list[Rollout] | None:
+    """See :func:`recall`."""
+    if not path.exists():
+        return None
+    try:
+        with EpisodeStore(path) as store:
+            _check_call(store, _settings(call), prompts, seeds)
+            return _rollouts(store)
+    except NotAJournal as error:
+        raise ConfigError(f"{error}; rollouts are to be kept there: move it away") from None
+    except ValueError as error:
+        say(f"{path}: {error}; they are sampled anew")
+        path.unlink()
+        return None
+
+
+def _settings(call: Mapping[str, Any]) -> bytes:
+    return json.dumps(call, sort_keys=True).encode()
 
 
 def _check_call(
@@ -316,6 +421,7 @@ def rollout_metrics(episodes: Sequence[Episode], max_length: int) -> dict[str, f
         return float(np.mean(list(values)))
 
     metrics = {
+        "rollout/staleness": mean(e.staleness for e in episodes),
         "rollout/mean_length": mean(len(r.token_ids) for _, r in rollouts),
         "rollout/truncated": mean(r.finish_reason == "length" for _, r in rollouts),
         # Behind a long prompt an answer may be cut before it is trained on.

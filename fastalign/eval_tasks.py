@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
 from fastalign.config import ConfigError, ModelConfig
 from fastalign.eval_pairs import write_texts
 from fastalign.judge_quality import plain
-from fastalign.model import adapter_config, context_length, load_tokenizer, resolve_dtype
+from fastalign.model import (
+    adapter_config,
+    context_length,
+    load_tokenizer,
+    resolve_dtype,
+    with_adapters_base,
+)
+from fastalign.quantization import load_nf4
 
 REPORT = "results.json"
 
@@ -87,20 +95,33 @@ def model_arguments(settings: Settings) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such model or adapter.
     """
-    model = settings.model
-    load_tokenizer(model)
+    model = with_adapters_base(settings.model)
+    tokenizer = load_tokenizer(model)
     adapter = model.adapter_name_or_path
     if adapter is not None:
         adapter_config(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = resolve_dtype(model, torch.device(device))
     arguments: dict[str, Any] = {
         "pretrained": model.model_name_or_path,
         "revision": model.model_revision or "main",
-        "dtype": str(resolve_dtype(model, torch.device(device))).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "trust_remote_code": model.trust_remote_code,
         "device": device,
     }
-    if adapter is not None:
+    if model.load_in_4bit:
+        # The harness has no words for it.
+        loaded: Any = load_nf4(
+            model.model_name_or_path,
+            dtype=dtype,
+            device=torch.device(device),
+            revision=model.model_revision,
+            trust_remote_code=model.trust_remote_code,
+        )
+        if adapter is not None:
+            loaded = PeftModel.from_pretrained(loaded, adapter)
+        arguments = {"pretrained": loaded, "tokenizer": tokenizer}
+    elif adapter is not None:
         arguments["peft"] = adapter
     if settings.max_length is not None:
         arguments["max_length"] = min(settings.max_length, context_length(model))

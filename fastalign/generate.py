@@ -33,7 +33,7 @@ from fastalign.episodes import sampling_seed
 from fastalign.judging import Judging, open_judge
 from fastalign.local import LocalModel, make_renderer, open_model
 from fastalign.methods.base import plain_prompt
-from fastalign.model import context_length, load_tokenizer
+from fastalign.model import context_length, load_tokenizer, with_adapters_base
 from fastalign.online import check_decision_mass
 from fastalign.rollout import Rollout, SamplingSettings, choose_engine, choose_judge_engine
 from fastalign.templates import Renderer
@@ -105,7 +105,8 @@ class Settings:
     def prompts_at_once(self) -> int:
         if self.batch_size is not None:
             return self.batch_size
-        flows = choose_engine(self.rollout)[0] == "vllm"
+        in_4bit = with_adapters_base(self.model).load_in_4bit
+        flows = choose_engine(self.rollout, in_4bit)[0] == "vllm"
         return max(1, self.rollout.max_num_seqs * (4 if flows else 1) // self.best_of)
 
     def of_answers(self) -> dict[str, Any]:

@@ -165,11 +165,10 @@ class JudgeModel:
     scorer: NextLogprobs | None = None
 
     def next_logprobs(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
-        """float32 [len(prompts), len(token_ids)]; collective where the scorer is."""
+        """float32 [len(prompts), len(token_ids)]; collective where scorer or engine is, so that
+        they are asked even for nothing."""
         if self.scorer is not None:
             return self.scorer(prompts, token_ids)
-        if not prompts:
-            return np.zeros((0, len(token_ids)), dtype=np.float32)
         # Side by side what begins alike: both orders, all pairs and principles of one prompt, of
         # which the engine's prefix cache then computes the beginning once.
         order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">u4").tobytes())
@@ -179,7 +178,8 @@ class JudgeModel:
     def generate(
         self, prompts: Sequence[np.ndarray], settings: SamplingSettings, seeds: Sequence[int]
     ) -> list[Rollout]:
-        return self.engine.generate(prompts, settings, seeds, self.adapter) if prompts else []
+        """See :meth:`RolloutEngine.generate`."""
+        return self.engine.generate(prompts, settings, seeds, self.adapter)
 
 
 class ModelWrittenJudge:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,8 +36,10 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from fastalign.config import Config, ConfigError, ModelConfig
+from fastalign.attention import leave_uncompiled
+from fastalign.config import Config, ConfigError, ModelConfig, check_4bit
 from fastalign.logprobs import Policy
+from fastalign.quantization import import_bitsandbytes, load_nf4, scales_of
 
 if not torch.cuda.is_available():
     # Read when DeepSpeed is imported, which otherwise warns about the accelerator it lacks.
@@ -43,6 +49,11 @@ import deepspeed
 logger = logging.getLogger(__name__)
 
 POLICY, REFERENCE = "default", "reference"
+# DeepSpeed's operations compile in about twenty seconds on two cores.
+LOCK_PATIENCE_S = 60.0
+# What an adapter's file says of the base that it was trained on (metadata of safetensors).
+BASE_KEY, NF4 = "base_quantization", "nf4"
+AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 # Bytes gathered at once when weights leave ZeRO-3 for the engine.
 GATHER_BUCKET_BYTES = 256 << 20
 
@@ -59,7 +70,11 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> int:
-    return config.zero_stage if config.zero_stage != "auto" else (3 if world_size > 1 else 0)
+    if config.zero_stage != "auto":
+        return config.zero_stage
+    # ZeRO-3 cannot spread weights in 4 bits.
+    most = 2 if config.load_in_4bit else 3
+    return most if world_size > 1 else 0
 
 
 def resolve_adapter(config: Config) -> Config:
@@ -94,7 +109,39 @@ def resolve_adapter(config: Config) -> Config:
             )
     if "lora_dropout" not in config.model_fields_set:
         found["lora_dropout"] = held.lora_dropout
-    return config.model_copy(update=found)
+    config = with_adapters_base(config.model_copy(update=found))
+    try:
+        check_4bit(config)
+    except ValueError as error:
+        raise ConfigError(f"adapter_name_or_path = {path!r}: {error}") from None
+    return config
+
+
+def with_adapters_base(config: AnyConfig) -> AnyConfig:
+    """The configuration with its base as the adapter was trained on it: in NF4, where the adapter's
+    folder says so.
+
+    Raises:
+        ConfigError: the recipe says that the base is not in NF4.
+    """
+    path = config.adapter_name_or_path
+    if path is None or config.load_in_4bit or not trained_on_nf4(path):
+        return config
+    if "load_in_4bit" in config.model_fields_set:
+        raise ConfigError(
+            f"load_in_4bit = False: the adapter {path} was trained on a base in NF4, which another "
+            "one is no substitute for; leave the key out"
+        )
+    return config.model_copy(update={"load_in_4bit": True})
+
+
+def trained_on_nf4(adapter: str) -> bool:
+    """Whether the folder of an adapter says so; other trainers, and the hub's, say nothing."""
+    file = Path(adapter, "adapter_model.safetensors")
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get(BASE_KEY) == NF4
 
 
 def adapter_config(path: str) -> LoraConfig:
@@ -181,8 +228,18 @@ class TrainedModel:
     dtype: torch.dtype
     device: torch.device
     optimizer: torch.optim.Optimizer
-    grad_norm: Callable[[], float]
     reference_version: int = 0
+
+    def step(self) -> float | None:
+        """One step of the optimizer with the gradients of all ranks, or none where their norm is
+        no finite number: everything is then as it was, on every rank.  Collective.
+
+        Returns:
+            The norm before clipping, or None where no step was made.
+        """
+        self.engine.step()
+        # The same norm everywhere, or the flag that DeepSpeed's optimizers reduce over ranks.
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
 
     @property
     def reference_policy(self) -> Policy:
@@ -284,7 +341,8 @@ class TrainedModel:
         named = dict(self.policy.named_parameters())
         if self.uses_adapter:
             named = {name: p for name, p in named.items() if f".{POLICY}." not in name}
-        return self._iter(named, None)
+        yield from self._iter(named, None)
+        yield from scales_of(self.policy)
 
     def adapter_tensors(self, adapter: str = POLICY) -> dict[str, torch.Tensor]:
         """The adapter's tensors under PEFT's names, full on every rank (collective)."""
@@ -402,24 +460,21 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
     settings = deepspeed_settings(config, stage, dtype)
 
     policy = load_policy(config, dtype, device, settings if stage == 3 else None)
+    if config.torch_compile:
+        _compile_layers(policy, stage)
     trainable = [p for p in policy.parameters() if p.requires_grad]
     # fp32 at stage 0 leaves clipping to us, for DeepSpeed would discard the norm it computes.
     clips_itself = stage == 0 and dtype == torch.float32
     # Every step sets its own learning rate.  Until then it is 0, because DeepSpeed's bf16 optimizer
     # takes a step on zeros to make the state, which would decay the weights.
-    optimizer = torch.optim.AdamW(
+    optimizer = (_ClippingAdamW if clips_itself else torch.optim.AdamW)(
         _parameter_groups(policy, config.weight_decay),
         lr=0.0,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-    grad_norm_of_step: list[float] = [0.0]
-    if clips_itself:
-        optimizer.register_step_pre_hook(
-            lambda *_: grad_norm_of_step.__setitem__(
-                0, float(nn.utils.clip_grad_norm_(trainable, config.max_grad_norm))
-            )
-        )
+    if isinstance(optimizer, _ClippingAdamW):
+        optimizer.clip(trainable, config.max_grad_norm)
     engine, *_ = deepspeed.initialize(
         model=policy,
         optimizer=optimizer,
@@ -445,12 +500,26 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
         dtype=dtype,
         device=device,
         optimizer=optimizer,
-        grad_norm=(
-            (lambda: grad_norm_of_step[0])
-            if clips_itself
-            else (lambda: float(engine.get_global_grad_norm() or 0.0))
-        ),
     )
+
+
+class _ClippingAdamW(torch.optim.AdamW):
+    """AdamW that clips by the norm of all gradients, and makes no step where that is no finite
+    number.  ``overflow`` and ``_global_grad_norm`` are what DeepSpeed reads of its own optimizers.
+    """
+
+    overflow = False
+    _global_grad_norm = 0.0
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> None:
+        """Say what is clipped, to which norm; before the first step."""
+        self._clipped, self._max_norm = parameters, max_norm
+
+    def step(self, closure: Any = None) -> Any:
+        norm = nn.utils.clip_grad_norm_(self._clipped, self._max_norm)
+        self._global_grad_norm = float(norm)
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        return None if self.overflow else super().step(closure)
 
 
 def load_policy(
@@ -472,7 +541,9 @@ def adapt(model: Any, config: Config) -> Policy:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.use_peft:
         model = _add_adapters(model, config)
-    return Policy(model)
+    policy = Policy(model)
+    policy.offloads = config.activation_offloading
+    return policy
 
 
 def deepspeed_settings(config: Config, stage: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -525,18 +596,19 @@ def _load_causal_lm(
 ) -> nn.Module:
     # Held while loading: transformers then partitions each parameter as it is read.
     context = HfDeepSpeedConfig(sharded) if sharded is not None else None
+    options: dict[str, Any] = {
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    name = config.model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=dtype,
-            **(
-                {"attn_implementation": config.attn_implementation}
-                if config.attn_implementation
-                else {}
-            ),
-        )
+        if config.load_in_4bit:
+            return load_nf4(name, dtype=dtype, device=device, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         # What lacks a package is the attention that was asked for, if one was.
         lacks = isinstance(error, ImportError) and config.attn_implementation
@@ -550,15 +622,19 @@ def _load_causal_lm(
 
 
 def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
+    import_bitsandbytes()
+    # In the base's dtype, as DeepSpeed would cast them anyway, but for ZeRO-3: there PEFT's own
+    # float32 would stay, and double what each adapted product keeps for its backward.
+    as_base = {"autocast_adapter_dtype": False}
     if config.adapter_name_or_path is not None:
         path = config.adapter_name_or_path
         try:
             held = adapter_config(path)
             held.lora_dropout = config.lora_dropout
             adapted = PeftModel.from_pretrained(
-                model, path, adapter_name=POLICY, is_trainable=True, config=held
+                model, path, adapter_name=POLICY, is_trainable=True, config=held, **as_base
             )
-            adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False)
+            adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False, **as_base)
         except (OSError, ValueError) as error:
             raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
         adapted.set_adapter(POLICY)
@@ -572,12 +648,12 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
             task_type="CAUSAL_LM",
         )
         try:
-            adapted = get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora, **as_base)
         except ValueError as error:
             raise ConfigError(f"lora_target_modules = {targets!r}: {_first_line(error)}") from None
         if config.refreshes:
             # A new adapter adds nothing to the base, so that this one is the start of the run too.
-            adapted.add_adapter(REFERENCE, replace(lora, inference_mode=True))
+            adapted.add_adapter(REFERENCE, replace(lora, inference_mode=True), **as_base)
             adapted.set_adapter(POLICY)
     head = adapted.get_base_model().get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
@@ -609,12 +685,37 @@ def _reference_engine(
 ) -> Any:
     policy = Policy(_load_causal_lm(config, dtype, device, settings if stage == 3 else None))
     policy.requires_grad_(False).eval()
+    if config.torch_compile:
+        _compile_layers(policy, stage)
     if stage < 3:
         return policy
     engine, *_ = deepspeed.initialize(model=policy, config=settings)
     _mark_sharded(policy)
     engine.eval()
     return engine
+
+
+def _compile_layers(policy: Policy, stage: int) -> None:
+    """One graph for all layers of a kind, for packs of any length.
+
+    Raises:
+        ConfigError: the model does not say what its layers are, or ZeRO-3 gathers inside of them.
+    """
+    if stage == 3:
+        raise ConfigError(
+            "torch_compile with ZeRO-3: DeepSpeed gathers weights in hooks inside the layers, "
+            "which would break up every graph; leave it out, or set zero_stage to 2"
+        )
+    kinds = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
+    layers = [module for module in policy.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ConfigError(
+            f"torch_compile: {type(policy.causal_lm).__name__} does not name its layers "
+            "(_no_split_modules): leave it out"
+        )
+    leave_uncompiled()
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _mark_sharded(policy: Policy) -> None:
@@ -629,8 +730,9 @@ def _mark_sharded(policy: Policy) -> None:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also of a ZeRO-3 shard."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+    """Shape of the whole parameter, also of a ZeRO-3 shard or of one in NF4."""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_shape", parameter.shape) if state is None else state.shape
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -669,10 +771,37 @@ def init_distributed(timeout_s: float) -> torch.device:
             world_size=int(os.environ["WORLD_SIZE"]),
         )
     # DeepSpeed prints that it built an operation; standard output is the user's.
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with _telling_of_locks(), contextlib.redirect_stdout(io.StringIO()) as printed:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=limit)
     logger.debug("%s", printed.getvalue().strip())
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _telling_of_locks() -> Iterator[None]:
+    """Say what is waited for when DeepSpeed compiles its operations for longer than that takes:
+    torch waits without a word for a lock that a killed process has left."""
+    done = threading.Event()
+
+    def watch() -> None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        if done.wait(LOCK_PATIENCE_S):
+            return
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        for lock in sorted(root.glob("**/lock")):
+            print(
+                f"fastalign: waiting for {lock}: a process that compiles DeepSpeed's operations "
+                "holds it; if none does, one was killed and left it: delete the file",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def load_generation_config(config: ModelConfig) -> GenerationConfig:

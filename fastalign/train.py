@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -65,7 +65,16 @@ from fastalign.model import (
     resolve_adapter,
     resolve_dtype,
 )
-from fastalign.online import collect, draw, measure_judge, push_weights, wake
+from fastalign.online import (
+    collect,
+    draw,
+    finish_ahead,
+    measure_judge,
+    push_weights,
+    sample_ahead,
+    wake,
+)
+from fastalign.preemption import Interrupted, Stop
 from fastalign.profiling import Profiler
 from fastalign.reference import reference_logprobs, score_reference
 from fastalign.rollout import (
@@ -83,6 +92,8 @@ from fastalign.tracking import Tracker
 from fastalign_kernels import default_implementation
 
 CANARY_STRENGTHS = 4
+# Records named in a message.
+NAMED = 8
 HALVES = ("bfloat16", "float16")
 # Mean difference of log-probs between two implementations of one model, in nats; measured are
 # 0.03 to 0.1 in bfloat16 and 1e-5 in float32.
@@ -90,25 +101,32 @@ MOST_ROUNDING_HALF, MOST_ROUNDING = 0.25, 1e-2
 
 
 class Paused(Exception):
-    """The run stopped where the recipe told it to, with a checkpoint to go on from."""
+    """The run stopped where the recipe or a signal told it to, with a checkpoint to go on from."""
 
 
-def train(config: Config) -> dict[str, float]:
-    """Run a recipe; returns the last metrics.
+class NotFinite(FloatingPointError):
+    """A loss or a gradient norm is no finite number, so that no step was made of it."""
+
+
+def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
+    """Run a recipe; returns the last metrics.  ``stop`` hears the signals that end it early.
 
     Raises:
         ConfigError: recipe, data or model cannot be what is asked, in one line.
         EngineError: the rollout engine failed or does not hold what it was sent.
         JudgeError: the judge failed.
-        Paused: a limit of what a judge may cost was reached.
+        Paused: a limit of what a judge may cost was reached, or a signal came.
+        CheckpointError: a checkpoint could not be written; an earlier one is as it was.
+        Interrupted: a signal came before there was anything to save.
     """
+    stop = stop or Stop()
     device = init_distributed(timeout_s=7200.0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     random.seed(config.seed)
     torch.manual_seed(config.seed)
 
     config = resolve_adapter(config)
-    found = checkpoint.find_checkpoint(config)
+    found, skipped = checkpoint.find_checkpoint(config)
     transformers.utils.logging.disable_progress_bar()
 
     method = make_method(config)
@@ -138,7 +156,7 @@ def train(config: Config) -> dict[str, float]:
     engine = None
     asked: dict[str, Endpoint | JudgeModel] = {}
     try:
-        for line in data_lines + rounds.lines:
+        for line in skipped + data_lines + rounds.lines:
             tracker.say(line)
         asked |= make_endpoints(config, method)
         # Engines load before the model: loading must not see ZeRO-3's sharded construction.
@@ -164,6 +182,8 @@ def train(config: Config) -> dict[str, float]:
             world_size,
             asked,
             judge_pairs,
+            stop,
+            identity,
         )
         check_start(run)
         if config.online is None and method.needs_reference:
@@ -173,7 +193,8 @@ def train(config: Config) -> dict[str, float]:
         # What later evaluations are compared with.
         position = checkpoint.Position(evaluation_due=config.eval_steps is not None)
         if found is not None:
-            position, pending = checkpoint.load_checkpoint(model, config, found)
+            position, pending = checkpoint.load_checkpoint(run, found)
+            run.ahead = pending.ahead
             tracker.say(f"resumed from {found} at step {position.step}")
         elif config.resume_from_checkpoint:
             tracker.say(f"no checkpoint in {config.output_dir}: starting from the beginning")
@@ -182,6 +203,7 @@ def train(config: Config) -> dict[str, float]:
         if rank == 0:
             Path(config.output_dir, "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
         evaluate = Evaluator(run, evaluation, held_out, eval_renderers)
+        stop.started()
         with Profiler(config, rank, tracker.say) as profiler:
             metrics = run_rounds(run, rounds, position, pending, evaluate, profiler)
         checkpoint.save_result(model, tokenizer, Path(config.output_dir))
@@ -490,6 +512,7 @@ def _make_engine(
         seed=config.seed,
         world_size=dist.get_world_size(),
         trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
     )
 
 
@@ -620,8 +643,9 @@ def check_start(run: Run) -> None:
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
     )
     threads = f" of {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    base = " on a base in NF4" if run.config.load_in_4bit else ""
     say(
-        f"model {run.config.model_name_or_path}: {str(model.dtype).removeprefix('torch.')}, "
+        f"model {run.config.model_name_or_path}: {str(model.dtype).removeprefix('torch.')}{base}, "
         f"ZeRO {model.zero_stage}, {run.world_size} process(es){threads}, "
         f"{trainable:,} trainable parameters"
     )
@@ -688,7 +712,7 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     model.engine.train()
     # A run that is resumed within a round trains before it samples.
     engine.sleep()
-    _, why = choose_engine(run.config.rollout)
+    _, why = choose_engine(run.config.rollout, run.config.load_in_4bit)
     run.tracker.say(
         f"rollouts by {engine.name} ({why}): weight sync proven by content and by canary"
     )
@@ -732,6 +756,7 @@ def run_rounds(
     """Everything between start and result."""
     config, tracker = run.config, run.tracker
     tracker.start(position.step)
+    run.version = position.step
     metrics: dict[str, float] = {}
     every = config.eval_steps if config.eval_steps != "round" else None
     resumed_at = position.step if position.evaluation_due else None
@@ -749,23 +774,35 @@ def run_rounds(
             examples, collected = new_round(run, rounds, position)
             metrics |= collected
         pending = checkpoint.Pending(examples if config.online else ())
+        _stop_if_asked(run, position, pending)
         for batch_index, batch in batches(config, examples, position):
             if position.step >= rounds.total_steps:
                 break
             scheduled, total = _schedule(config, rounds, position, batch_index, len(examples))
-            done = update(run, batch, scheduled, total)
+            try:
+                done = update(run, batch, scheduled, total)
+            except NotFinite as reason:
+                position = replace(position, batch=batch_index + 1)
+                position = skip(run, position, pending, reason)
+                continue
             profiler.step()
             metrics |= done
-            position = replace(position, step=position.step + 1, batch=batch_index + 1)
+            position = replace(
+                position, step=position.step + 1, batch=batch_index + 1, skipped_in_a_row=0
+            )
+            run.version = position.step
             if position.step % config.logging_steps == 0:
                 # This step's figures alone: rounds and evaluations have lines of their own.
                 tracker.log(position.step, done)
-            if every and position.step % every == 0:
+            evaluation_due = bool(every and position.step % every == 0)
+            if position.step < rounds.total_steps:
+                _stop_if_asked(run, replace(position, evaluation_due=evaluation_due), pending)
+            if evaluation_due:
                 position, stop = assess(run, position, pending, evaluate, metrics)
                 if stop:
                     return metrics
             if config.save_steps and position.step % config.save_steps == 0:
-                checkpoint.save_checkpoint(run.model, config, position, pending)
+                save(run, position, pending)
         position = replace(position, round=position.round + 1, batch=0)
         pending = checkpoint.Pending()
         # Where there was nothing to train on there is nothing new to evaluate.
@@ -776,6 +813,13 @@ def run_rounds(
     if every and position.step % every and position.step != resumed_at:
         assess(run, position, pending, evaluate, metrics)
     return metrics
+
+
+def save(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> Path:
+    """Leave a checkpoint.  It does not hold the weights that sample ahead, so the journal has to be
+    whole before it is."""
+    finish_ahead(run)
+    return checkpoint.save_checkpoint(run, position, replace(pending, ahead=run.ahead))
 
 
 def _move_reference(run: Run, position: checkpoint.Position) -> checkpoint.Position:
@@ -797,7 +841,10 @@ def new_round(
     with _pausing(run, position, checkpoint.Pending()):
         measured = measure_judge(run)
         episodes, timings = draw(run, rounds.prompts, position.round)
+        _stop_if_asked(run, position, checkpoint.Pending())
         examples, collected = collect(run, episodes, position.round)
+    if _samples_ahead(run.config, rounds, position, len(examples)):
+        sample_ahead(run, rounds.prompts, position.round + 1)
     collected |= measured | timings
     run.tracker.log(position.step, collected, show=False)
     if not examples:
@@ -805,6 +852,19 @@ def new_round(
     elif run.config.online is not None and run.config.online.fresh_adapter and position.round:
         checkpoint.load_start(run.model, run.config.output_dir)
     return examples, collected
+
+
+def _samples_ahead(
+    config: Config, rounds: Rounds, position: checkpoint.Position, examples: int
+) -> bool:
+    """Whether the next round is sampled with the weights that this one starts from: where there is
+    a next one."""
+    return (
+        config.online is not None
+        and config.online.max_staleness > 0
+        and position.round + 1 < rounds.count
+        and position.step + _batches_in(config, examples) < rounds.total_steps
+    )
 
 
 def _schedule(
@@ -830,12 +890,28 @@ def _schedule(
 def _pausing(
     run: Run, position: checkpoint.Position, pending: checkpoint.Pending
 ) -> Iterator[None]:
-    """Where a judge has spent what it may, leave a checkpoint of this position and stop."""
+    """Where a judge has spent what it may, or a signal comes, leave a checkpoint of this position
+    and stop; inside, what is trained does not change."""
     try:
-        yield
+        # Of several ranks one may be in the middle of something that another waits for.
+        with run.stop.at_once(run.world_size == 1):
+            yield
     except BudgetSpent as spent:
-        path = checkpoint.save_checkpoint(run.model, run.config, position, pending)
+        path = save(run, position, pending)
         raise Paused(f"{spent}; {path} is saved: raise it and continue with --resume") from None
+    except Interrupted:
+        _pause(run, position, pending)
+
+
+def _stop_if_asked(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> None:
+    """Where a signal came to any rank, leave a checkpoint of this position and stop; collective."""
+    if run.stop.asked():
+        _pause(run, position, pending)
+
+
+def _pause(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> NoReturn:
+    path = save(run, position, pending)
+    raise Paused(f"{run.stop.reason}; {path} is saved: continue with --resume") from None
 
 
 def assess(
@@ -874,7 +950,7 @@ def weigh(
     greater = config.greater_is_better
     sign = 1 if (not name.endswith("loss") if greater is None else greater) else -1
     if position.best_metric is None or sign * value > sign * position.best_metric:
-        checkpoint.save_result(run.model, run.tokenizer, Path(config.output_dir, "best"))
+        checkpoint.save_best(run.model, run.tokenizer, config.output_dir)
         return replace(position, best_metric=value, evals_without_gain=0), False
     position = replace(position, evals_without_gain=position.evals_without_gain + 1)
     patience = config.early_stopping_patience
@@ -899,9 +975,38 @@ def _batches_in(config: Config, examples: int) -> int:
     return math.ceil(examples * epochs / config.global_batch_size)
 
 
+def skip(
+    run: Run, position: checkpoint.Position, pending: checkpoint.Pending, reason: NotFinite
+) -> checkpoint.Position:
+    """Count a batch that gave no step, behind which the run stands at ``position``.
+
+    Raises:
+        FloatingPointError: it is one too many in a row; a checkpoint is there.
+    """
+    config, in_a_row = run.config, position.skipped_in_a_row + 1
+    position = replace(
+        position, skipped_in_a_row=in_a_row, skipped_steps=position.skipped_steps + 1
+    )
+    run.tracker.log(position.step, {"skipped_steps": float(position.skipped_steps)}, show=False)
+    if in_a_row < config.max_skipped_steps:
+        run.tracker.say(f"no step after step {position.step}: {reason}")
+        return position
+    message = f"{reason}; {in_a_row} in a row (max_skipped_steps = {config.max_skipped_steps})"
+    # Before the first step there is nothing to keep.
+    if position.step:
+        path = save(run, position, pending)
+        message += f"; {path} is saved, with the weights of step {position.step}"
+    raise FloatingPointError(message)
+
+
 def update(run: Run, examples: list[Example], scheduled: float, total: int) -> dict[str, float]:
     """One optimizer step on a global batch; the same however it is cut and over however many
-    ranks: each pack's summed loss is divided by the count of the whole batch."""
+    ranks: each pack's summed loss is divided by the count of the whole batch.
+
+    Raises:
+        NotFinite: on all ranks, loss or gradient norm is no finite number on some rank; weights
+            and optimizer are as they were.
+    """
     config, model = run.config, run.model
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -920,7 +1025,7 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
         share_prefixes=model.shares_prefixes,
     )
     sums: Metrics = {}
-    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    losses: list[torch.Tensor] = []
     run.tracker.phase("train")
     timeline.lap("pack")
     for pack in packs:
@@ -932,22 +1037,29 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
             pack, loss=run.method.loss, reference=reference, progress=scheduled / total
         )
         timeline.lap("forward")
-        # DeepSpeed averages gradients over ranks; ours are shares of one sum.
-        model.engine.backward(loss * (run.world_size / denominator))
-        loss_sum += loss.detach().double()
+        # DeepSpeed averages gradients over ranks; ours are shares of one sum.  Its optimizers skip
+        # a step whose gradients are no numbers, and those of a loss that is none may well be: the
+        # last factor is 1, or NaN for such a loss.
+        share = loss * (run.world_size / denominator) * (loss.detach() - loss.detach() + 1)
+        model.engine.backward(share)
+        losses.append(loss.detach().double())
         for name, part in parts.items():
             sums[name] = sums.get(name, 0) + part
         timeline.lap("backward")
+    loss_sum = sum(losses, torch.zeros((), dtype=torch.float64, device=model.device))
     sums["loss"] = torch.stack([loss_sum, loss_sum.new_tensor(denominator / run.world_size)])
     metrics = reduce_metrics(sums)
     timeline.lap("wait")  # for the slowest rank
+    norm = model.step()
     if not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"loss is {metrics['loss']} on records " + _sources(examples))
-    model.engine.step()
-    norm = model.grad_norm()
-    if not math.isfinite(norm):
-        # Nothing of it may reach a checkpoint: the weights may be NaN by now.
-        raise FloatingPointError(f"the gradient norm is {norm} on records " + _sources(examples))
+        wrong = [pack for pack, x in zip(packs, losses, strict=True) if not x.isfinite()]
+        everywhere: list[Any] = [None] * run.world_size
+        dist.all_gather_object(everywhere, [source for pack in wrong for source in pack.sources])
+        sources = [source for part in everywhere for source in part]
+        raise NotFinite(f"the loss is {metrics['loss']} on {_named(sources)}")
+    if norm is None:
+        sources = [e.source for e in examples]
+        raise NotFinite(f"the gradient norm is no finite number on {_named(sources)}")
     timeline.lap("optimizer")
     return (
         metrics
@@ -979,8 +1091,11 @@ def _asks_reference(run: Run, examples: Sequence[Example]) -> bool:
     return run.method.needs_reference and examples[0].reference_logprobs is None
 
 
-def _sources(examples: Sequence[Example]) -> str:
-    return ", ".join(sorted({e.source for e in examples})[:8])
+def _named(sources: Sequence[str]) -> str:
+    """Records in a message: the first of many."""
+    found = sorted(set(sources))
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"records {', '.join(found[:NAMED])}{more}"
 
 
 def lr_factor(name: str, step: float, total: int, warmup_ratio: float) -> float:

@@ -73,10 +73,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code that masks by token id instead of by position gets caught. " A" and " B" are one token
     each. The model generates, has grouped key-value heads and an untied LM head.
     """
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def make_tiny_llama(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     tokenizer = _tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
@@ -104,16 +107,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharp_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with a louder LM head: probabilities from 1e-9 to nearly 1, as trained models
     have them, where those of the random model are all about 1 / V."""
-    return _louder(tiny_llama, tmp_path_factory.mktemp("sharp-llama"), seed=None)
+    return louder(tiny_llama, tmp_path_factory.mktemp("sharp-llama"), seed=None)
 
 
 @pytest.fixture(scope="session")
 def other_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like the sharp Llama, with other weights in every matrix."""
-    return _louder(tiny_llama, tmp_path_factory.mktemp("other-llama"), seed=1)
+    return louder(tiny_llama, tmp_path_factory.mktemp("other-llama"), seed=1)
 
 
-def _louder(source: Path, folder: Path, seed: int | None) -> Path:
+def louder(source: Path, folder: Path, seed: int | None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

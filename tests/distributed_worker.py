@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -23,11 +24,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import fastalign.train as loop
+from fastalign.checkpoint import CheckpointError
 from fastalign.config import Config, parse_config
 from fastalign.model import POLICY, TrainedModel, init_distributed
 from fastalign.online import ReferenceScorer, wake
-from fastalign.rollout import EngineError
-from fastalign.rollout import vllm as vllm_engine
+from fastalign.rollout import EngineError, adapters
 from fastalign.rollout.sync import fingerprint
 
 
@@ -104,6 +105,17 @@ def _agreement(run: Any) -> dict[str, np.ndarray]:
     return {"trainer": trainer, "engine": run.engine.next_logprobs(prompts, tokens, adapter)}
 
 
+def _part(run: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What the engine has to hold of a tensor on this rank, where the ranks share it: the first
+    layers of each block are cut by outputs, the second by inputs, so is what LoRA puts on them."""
+    ranks = run.config.rollout.tensor_parallel_size
+    last = any(layer in name for layer in ("o_proj", "down_proj"))
+    whole = {"lora_A": not last, "lora_B": last}
+    if any(cut for kind, cut in whole.items() if kind in name) or "norm" in name:
+        return tensor
+    return tensor.chunk(ranks, dim=1 if last else 0)[dist.get_rank() % ranks]
+
+
 def _content(run: Any) -> dict[str, Any]:
     """Names whose content was found in the engine, against checksums taken here (collective).
 
@@ -113,27 +125,30 @@ def _content(run: Any) -> dict[str, Any]:
     model, engine = run.model, run.engine
     if not model.uses_adapter:
         names = frozenset(model.named_weights())
-        own = {n: fingerprint(t) for n, t in model.iter_weights(engine._dtype)}
+        own = {n: fingerprint(_part(run, n, t)) for n, t in model.iter_weights(engine._dtype)}
         (transfer,) = engine._llm.collective_rpc(
             "fastalign_load_weights", args=(model.iter_weights(engine._dtype), names, run.version)
         )
         held = transfer.held
         columns = [n for n, x in transfer.columns_held.items() if x == transfer.columns_sent[n]]
     else:
-        folded = vllm_engine._folded(
+        folded = adapters.fold(
             POLICY, model.adapter_tensors(), model.adapter_config(), engine._dtype
         )
-        own = {n: fingerprint(t) for n, t in folded.items()}
+        own = {n: fingerprint(_part(run, n, t)) for n, t in folded.items()}
         adapter = engine._adapters[POLICY]
         (held,) = engine._llm.collective_rpc(
             "fastalign_load_adapter", args=(adapter.request, adapter.shapes)
         )
         columns = []
+    equal = {n for n in own if held.get(n) == own[n]}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (equal, set(columns), held.keys() - equal))
     return {
         "names": sorted(own),
-        "equal": sorted(n for n in own if held.get(n) == own[n]),
-        "different": sorted(n for n in own if n in held and held[n] != own[n]),
-        "columns": sorted(columns),
+        "equal": sorted(set.intersection(*(each for each, _, _ in everyone))),
+        "columns": sorted(set.intersection(*(each for _, each, _ in everyone))),
+        "different": sorted(set.union(*(each for _, _, each in everyone))),
     }
 
 
@@ -198,12 +213,53 @@ def withheld(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> N
     keep(folder / name, {"error": said, "pushes": pushes}, {})
 
 
+def skipped_step(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """Two steps, and the same with one between them that has to be none."""
+    ended, said, moved = [], [], False
+    for batches in ([slice(4, 8), slice(8, 12)], [slice(4, 8), slice(0, 4), slice(8, 12)]):
+        run, examples = support.start(config)
+        before = support.trained_tensors(run)
+        for batch in batches:
+            try:
+                loop.update(run, examples[batch], 0.0, 10)
+            except loop.NotFinite as reason:
+                said.append(str(reason))
+        ended.append(support.trained_tensors(run))
+        moved = any(not torch.equal(before[n], ended[-1][n]) for n in before)
+    same = all(torch.equal(ended[0][n], ended[1][n]) for n in ended[0])
+    path = folder / f"{name}-{dist.get_rank()}.json"
+    path.write_text(json.dumps({"same": same, "moved": moved, "said": said}))
+
+
+def refused(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A run whose second checkpoint the system does not let one rank write."""
+    original, steps = loop.update, 0
+
+    def update(*arguments: Any) -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        if steps == 2 and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return original(*arguments)
+
+    loop.update = update
+    try:
+        loop.train(config)
+    except CheckpointError as error:
+        (folder / f"{name}-{dist.get_rank()}").write_text(str(error))
+    finally:
+        loop.update = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
 SCENARIOS = {
     "gradients": gradients,
     "training": training,
     "interruption": interruption,
     "rollouts": rollouts,
     "withheld": withheld,
+    "skipped_step": skipped_step,
+    "refused": refused,
 }
 
 

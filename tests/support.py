@@ -176,6 +176,18 @@ def step_with_gradients(
     return metrics, gradients
 
 
+def trained_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Full tensors of what is trained (collective), and their masters where DeepSpeed keeps any."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    tensors = {n: t.clone() for n, t in run.model.iter_weights(torch.float32)}
+    for name, parameter in run.model.policy.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if run.model.zero_stage else None
+        if master is not None:
+            tensors[f"{name}.master"] = master.clone()
+    return tensors
+
+
 def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
     """|left - right| / |right| over all tensors together."""
     assert left.keys() == right.keys() and left

@@ -102,6 +102,11 @@ def test_defaults_and_types():
                     "endpoint": {"base_url": "u", "model": "m", "max_cost": 1}}},
          "R: judge.endpoint.max_cost = 1.0: it needs input_cost_per_million or "
          "output_cost_per_million"),
+        ({"rollout": {"engine": "hf", "tensor_parallel_size": 2}},
+         "R: rollout.tensor_parallel_size is 2 with rollout.engine 'hf', which holds the whole "
+         "model in each process: leave one of them out"),
+        ({"rollout": {"tensor_parallel_size": 0}},
+         "R: rollout.tensor_parallel_size = 0: input should be greater than 0"),
         ({"online": {"fresh_adapter": True}, "judge": {"type": "self"}},
          "R: online.fresh_adapter is true but use_peft is false: set it to true"),
         ({"adapter_name_or_path": "x"},

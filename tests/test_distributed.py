@@ -4,6 +4,8 @@ verdicts, the same continuation after an interruption."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from support import (
     TESTS,
     as_method,
     distance,
+    outside_environment,
     recipe,
     run_ranks,
     start,
@@ -238,3 +241,32 @@ def test_a_resumed_run_on_two_ranks_ends_bitwise_where_an_undisturbed_one_does(s
     assert len(losses) >= 3 and losses_again == losses
     assert all(torch.equal(expected[n], resumed[n]) for n in expected)
     assert np.unique([float(t.abs().sum()) for t in expected.values()]).size > 4
+
+
+WAITS = """
+import fastalign.model
+fastalign.model.LOCK_PATIENCE_S = 0.5
+fastalign.model.init_distributed(timeout_s=60.0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed compiles nothing at its start")
+def test_a_lock_that_a_killed_run_left_is_named(tmp_path):
+    """torch waits for it without a word, and for ever."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        env=outside_environment(TORCH_EXTENSIONS_DIR=str(tmp_path)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    try:
+        line = next(line for line in waiting.stderr if line.startswith("fastalign: "))
+    finally:
+        waiting.kill()
+        waiting.wait()
+    assert f"waiting for {lock}: " in line and "delete the file" in line

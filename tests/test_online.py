@@ -24,7 +24,7 @@ from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config, parse_config
 from fastalign.endpoint import JudgeError
-from fastalign.episodes import Episode, journal_path
+from fastalign.episodes import Episode, journal_path, recall_verdicts
 from fastalign.methods import make_method
 from fastalign.model import load_tokenizer
 from fastalign.rollout import choose_judge_engine
@@ -296,6 +296,54 @@ def test_a_run_that_is_killed_uses_what_it_sampled(rule, sharp_llama, tmp_path):
         assert [(e.texts, e.judgments) for e in ours] == [(e.texts, e.judgments) for e in theirs]
 
 
+FATAL_ONCE = """
+from pathlib import Path
+
+def written(prompt, text):
+    asked = Path(__file__).with_name("asked")
+    asked.write_text(asked.read_text() + "." if asked.exists() else ".")
+    return None if len(text) % 3 == 0 else f"Has {len(text)} letters."
+"""
+
+
+def test_what_was_judged_is_not_asked_again(sharp_llama, tmp_path, monkeypatch, capfd):
+    """A run that ends between its first judgments and its first checkpoint."""
+    rule = tmp_path / "rule.py"
+    rule.write_text(FATAL_ONCE)
+    one_round = {"online": SIZES | {"iterations": 1}, "judge": {"path": f"{rule}:written"}}
+    whole = online(sharp_llama, tmp_path / "whole", **one_round)
+    train(whole)
+    asked = rule.with_name("asked")
+    assert asked.read_text() == "." * 10
+    config = online(sharp_llama, tmp_path / "ended", **one_round)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(changed(config, resume_from_checkpoint=True))
+    assert "5 prompts were judged before, and are not asked again" in capfd.readouterr().err
+    assert asked.read_text() == "." * 20
+    assert same(result(config), result(whole))
+    ours, theirs = (Path(c.output_dir, "episodes/0000.jsonl").read_text() for c in (config, whole))
+    assert ours.replace("ended", "whole") == theirs
+    # What was said of other answers, or is damaged, is no answer.
+    path = Path(config.output_dir, "episodes/0000-0.verdicts")
+    episodes = rounds(config)[0]
+    key = json.loads(path.read_text().split("\n")[0])["key"]
+    assert recall_verdicts(path, "another", episodes) is None
+    text = path.read_text()
+    path.write_text(text.replace("Has ", "Had ", 1))
+    assert recall_verdicts(path, key, episodes) is None
+    path.write_text(text)
+    assert [e.judgments for e in recall_verdicts(path, key, episodes) or ()] == [
+        e.judgments for e in episodes
+    ]
+
+
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_journals_are_kept_for_the_checkpoints_that_go_on_from_them(tmp_path):
     config = parse_config(
         {"method": "cut", "model_name_or_path": "m", "output_dir": str(tmp_path)}
@@ -310,6 +358,7 @@ def test_journals_are_kept_for_the_checkpoints_that_go_on_from_them(tmp_path):
         folder.mkdir()
         position = vars(checkpoint.Position(step=step, round=round_index))
         (folder / "position.json").write_text(json.dumps(position))
+        (folder / "manifest.json").touch()
         checkpoint.forget_old(config)
         return sorted(path.name[:4] for path in (tmp_path / "episodes").iterdir())
 
@@ -561,8 +610,11 @@ def test_another_model_compares(sharp_llama, other_llama, tmp_path, rule):
 def test_the_engine_of_another_model_is_chosen_by_the_device(device, name):
     """vLLM's allocator, which puts an engine to sleep on a GPU, is there once in a process."""
     pytest.importorskip("vllm")
-    settings, why = choose_judge_engine(RolloutConfig(engine="vllm", max_num_seqs=3), device)
+    config = RolloutConfig(engine="vllm", max_num_seqs=3, tensor_parallel_size=2)
+    settings, why = choose_judge_engine(config, device)
     assert (settings.engine, settings.max_num_seqs) == (name, 3)
+    # What is embedded cannot be shared.
+    assert settings.tensor_parallel_size == {"vllm": 2, "hf": 1}[name]
     assert ("one engine" in why) == (device == "cuda")
 
 

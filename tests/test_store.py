@@ -763,6 +763,28 @@ def test_a_call_that_was_cut_short_or_damaged_is_sampled_anew(tmp_path):
     sample_once(path, {}, PROMPTS, SEEDS, sampled_again, said.append)
 
 
+def test_ranks_that_share_an_engine_use_all_their_journals_or_none(tmp_path):
+    """Half of an engine call is another call, which may sample other tokens."""
+    path, said, asked = tmp_path / "j", [], []
+
+    def but_the_other(here: bool) -> bool:
+        asked.append(here)
+        return False
+
+    def call(generate, all_agree=bool):
+        return sample_once(path, {}, PROMPTS, SEEDS, generate, said.append, all_agree)
+
+    first = call(answers, but_the_other)
+    assert bits(first) == bits(answers()) and said == []
+    again = call(lambda: answers()[::-1], but_the_other)
+    assert bits(again) == bits(answers()[::-1])
+    assert said == [
+        f"{path}: a rank that shares the engine lost its rollouts; all are sampled anew"
+    ]
+    assert asked == [False, True]
+    assert bits(call(sampled_again)) == bits(answers()[::-1])
+
+
 def test_a_file_of_something_else_is_not_sampled_over(tmp_path):
     path = tmp_path / "0000-0.journal"
     path.write_text("dear diary")

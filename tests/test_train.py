@@ -19,13 +19,15 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from support import as_method, distance, recipe, rows, start, step_with_gradients, write_rows
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import fastalign.train as loop
-from fastalign import checkpoint
+from fastalign import checkpoint, offloading
 from fastalign.batch import make_batch
 from fastalign.config import Config, ConfigError, JudgeConfig, parse_config
 from fastalign.data import Example, Stream
+from fastalign.logprobs import probe_batch
 from fastalign.methods import make_method
 from fastalign.model import POLICY, REFERENCE
 from fastalign.online import ReferenceScorer, push_weights
@@ -1312,15 +1314,18 @@ def test_schedules_end_where_they_end():
 
 
 def test_another_layout_of_processes_is_refused(stopped):
-    layout = checkpoint.checkpoints(Path(stopped.output_dir))[-1] / "layout.json"
+    folder = checkpoint.checkpoints(Path(stopped.output_dir))[-1]
+    layout = folder / "layout.json"
     before = layout.read_text()
     layout.write_text(json.dumps({"processes": 2, "zero_stage": 3}))
-    message = r"2 process\(es\) at ZeRO stage 3, these are 1 at stage 0"
+    checkpoint._save_manifest(folder)
+    message = r"2 process\(es\) at ZeRO stage 3, these are 1 at stage 0: set zero_stage = 3"
     try:
         with pytest.raises(ConfigError, match=message):
             train(stopped.model_copy(update={"resume_from_checkpoint": True}))
     finally:
         layout.write_text(before)
+        checkpoint._save_manifest(folder)
 
 
 def test_an_adapter_says_what_lora_keys_are(sharp_llama, tmp_path, adapter):
@@ -1345,27 +1350,6 @@ def test_an_adapter_in_place_of_a_model_is_named(tmp_path, adapter):
         train(config)
 
 
-def test_a_gradient_that_is_no_number_ends_the_run(tiny_llama, tmp_path, monkeypatch):
-    """Before any checkpoint takes the weights that it spoilt."""
-    config = recipe("sft", tiny_llama, tmp_path, max_steps=4, save_steps=1, learning_rate=1e-3)
-    steps = []
-
-    def update(run, *arguments):
-        if len(steps) == 2:
-            weight = run.model.policy.causal_lm.get_input_embeddings().weight
-            weight.register_hook(lambda grad: grad * math.inf)
-        steps.append(None)
-        return original(run, *arguments)
-
-    original = loop.update
-    monkeypatch.setattr(loop, "update", update)
-    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf) on records .*jsonl"):
-        train(config)
-    assert [path.name for path in checkpoint.checkpoints(Path(config.output_dir))][-1:] == [
-        "checkpoint-2"
-    ]
-
-
 def test_the_attention_that_is_asked_for_is_used(tiny_llama, tmp_path, monkeypatch, capfd):
     config = recipe("sft", tiny_llama, tmp_path, attn_implementation="eager", max_steps=1)
     seen = {}
@@ -1386,8 +1370,21 @@ def test_resume_says_when_there_is_nothing_to_resume(tiny_llama, tmp_path, capfd
 
 @pytest.mark.parametrize(
     "keys",
-    [{"zero_stage": 1}, {"zero_stage": 2}, {"gradient_checkpointing": True}],
-    ids=lambda keys: "-".join(map(str, *keys.items())),
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "activation_offloading": True},
+        {"torch_compile": True},
+        {
+            "zero_stage": 2,
+            "deepspeed": {
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+        },
+    ],
+    ids=["zero-1", "zero-2", "checkpointing", "offloading", "compiled", "optimizer-on-host"],
 )
 def test_other_ways_to_spend_memory_train_the_same(sharp_llama, tmp_path, keys):
     runs = []
@@ -1410,6 +1407,33 @@ def test_checkpointing_recomputes_activations(sharp_llama, tmp_path, monkeypatch
 
     train_and(config, monkeypatch, look)
     assert seen["on"]
+
+
+def test_what_checkpointing_keeps_goes_to_the_host_and_comes_back(sharp_llama, tmp_path):
+    """A hidden state for each layer, the first of which comes from frozen weights; nothing else."""
+    keys = {"gradient_checkpointing": True, "activation_offloading": True}
+    run, _ = start(recipe("sft", sharp_llama, tmp_path, **LORA, **keys))
+    batch = probe_batch(run.tokenizer.vocab_size, (37, 52), run.model.device)
+    moved = []
+    original = offloading._to_host
+
+    class Watched(saved_tensors_hooks):
+        def __init__(self) -> None:
+            super().__init__(self.keep, offloading._to_device)
+
+        def keep(self, tensor: torch.Tensor) -> Any:
+            kept = original(tensor)
+            if not isinstance(kept, torch.Tensor):
+                moved.append(tuple(tensor.shape))
+            return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastalign.logprobs.HostActivations", Watched)
+        logprob, _ = run.model.engine(batch)
+        run.model.engine.backward(logprob.sum())
+    layers = run.model.policy.causal_lm.config.num_hidden_layers
+    assert moved.count((1, 89, run.model.policy.causal_lm.config.hidden_size)) >= layers - 1
+    assert len(moved) <= layers + 4, moved
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

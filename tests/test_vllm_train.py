@@ -33,8 +33,9 @@ WRITES = {"type": "self", "max_tokens": 6}
 
 
 def keys_of(name: str, folder: Path, adapter: Path, other: Path) -> tuple[str, dict[str, Any]]:
-    """Method and keys of a run: {cut, self, writes}-{lora, full}, with what may follow."""
-    judge, kind, *_ = name.split("-")
+    """Method and keys of a run: {cut, self, writes}-{lora, full}, with what may follow; "shared":
+    one engine on both ranks."""
+    judge, kind, *more = name.split("-")
     method = {"cut": "cut", "self": "dpo", "writes": "cut"}[judge]
     rule = {"path": f"{folder / 'rule.py'}:written"}
     keys: dict[str, Any] = {
@@ -45,6 +46,8 @@ def keys_of(name: str, folder: Path, adapter: Path, other: Path) -> tuple[str, d
         "lr_scheduler_type": "constant",
         "zero_stage": 3,
     }
+    if "shared" in more:
+        keys["rollout"] = keys["rollout"] | {"tensor_parallel_size": 2}
     if judge == "writes":
         # The start of the run writes, in the policy's engine; another model in a second engine
         # measures.
@@ -67,7 +70,8 @@ def keys_of(name: str, folder: Path, adapter: Path, other: Path) -> tuple[str, d
     return method, keys
 
 
-RUNS = ("cut-lora", "self-lora", "cut-full", "self-full", "writes-full")
+SHARED = ("self-lora-shared", "self-full-shared")
+RUNS = ("cut-lora", "self-lora", "cut-full", "self-full", "writes-full", *SHARED)
 # From which push on which tensor is lost: at start-up there are three (first, canary, restored).
 WITHHELD = {
     "cut-full-withheld": (4, "layers.1.mlp.up_proj"),
@@ -125,7 +129,7 @@ def test_the_engine_holds_what_two_ranks_trained(suite, name):
     assert content["different"] == []
     # What vLLM lays out anew on a CPU is read through its own product, by columns.
     assert sorted({*content["equal"], *content["columns"]}) == content["names"]
-    if name.endswith("lora"):
+    if "-lora" in name:
         stored = load_file(suite.folder / name / "out" / "adapter_model.safetensors")
         assert len(stored) == len(content["names"]) == 2 * 7 * 2
     else:
@@ -183,7 +187,26 @@ def test_another_model_measures_in_an_engine_of_its_own(suite):
     assert all(0 < x["eval/judge_mass"] < 1 for x in scores)
 
 
-@pytest.mark.parametrize("name", ["self-lora", "self-full"])
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_that_share_an_engine_sample_what_others_sample(suite, name):
+    """The same prompts, each once, and in the first round the same tokens: an engine of both ranks
+    adds in another order, and does not draw in another one."""
+    alone = name.removesuffix("-shared")
+    suite.result(name), suite.result(alone)
+    shared, own = (rounds_of(Path(suite.config(n).output_dir)) for n in (name, alone))
+    for mine, other in zip(shared, own, strict=True):
+        assert [row["index"] for row in mine] == [row["index"] for row in other]
+        assert [row["prompt_ids"] for row in mine] == [row["prompt_ids"] for row in other]
+        assert [len(row["token_ids"]) for row in mine] == [2] * 4
+    for mine, other in zip(shared[0], own[0], strict=True):
+        assert mine["token_ids"] == other["token_ids"]
+        for here, there in zip(mine["logprobs"], other["logprobs"], strict=True):
+            np.testing.assert_allclose(here, there, atol=1e-3)
+        for here, there in zip(mine["verdicts"], other["verdicts"], strict=True):
+            assert here["score_a"] == pytest.approx(there["score_a"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["self-lora", "self-full", *SHARED])
 def test_the_judge_moves_on_in_the_engine(suite, name):
     suite.result(name)
     lines = metrics_of(Path(suite.config(name).output_dir))
@@ -191,7 +214,7 @@ def test_the_judge_moves_on_in_the_engine(suite, name):
     assert first["judge_quality/pairs"] == second["judge_quality/pairs"] == 5
     # Far beyond the rounding of a judge that stayed where it was.
     assert first["judge_quality/mass"] != pytest.approx(second["judge_quality/mass"], rel=1e-3)
-    if name == "self-lora":
+    if "-lora" in name:
         # Both orders of a pair begin alike; whole blocks of such beginnings are computed once.
         assert all(0 <= x["judge/prefix_cached"] < 1 for x in lines if "rollout/examples" in x)
 
