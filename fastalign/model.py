@@ -784,11 +784,15 @@ def _telling_of_locks() -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        from torch.utils.cpp_extension import get_default_build_root
-
-        if done.wait(LOCK_PATIENCE_S):
+        # Who waits for a lock has loaded torch's side.  Not loaded here: with it comes setuptools,
+        # which exchanges modules while the main thread imports others.
+        waiting = not done.wait(LOCK_PATIENCE_S)
+        extensions = sys.modules.get("torch.utils.cpp_extension")
+        if not waiting or extensions is None:
             return
-        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        root = Path(
+            os.environ.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root()
+        )
         for lock in sorted(root.glob("**/lock")):
             print(
                 f"fastalign: waiting for {lock}: a process that compiles DeepSpeed's operations "

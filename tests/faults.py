@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +167,28 @@ class Rank:
         os._exit(code)
 
 
+def serve_store(port: Connection) -> None:
+    """Hold the store through which a run's ranks meet, until killed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
 def attempt(config: Path, ranks: int, kill: Kill | None) -> list[int | None]:
     """Exit codes of the ranks of one start of a run, the negative number of a signal where one
     ended it; None where that was ours."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork = multiprocessing.get_context("fork")
+    # In a process of its own: one whose threads serve a store is not to be forked.
+    ours, theirs = fork.Pipe()
+    store = fork.Process(target=serve_store, args=(theirs,))
+    store.start()
     group = {
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
+        "MASTER_PORT": str(ours.recv()),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     moments, log = config.with_suffix(".moments"), config.with_suffix(".log")
-    fork = multiprocessing.get_context("fork")
     started = [
         fork.Process(target=Rank(r, kill, moments).run, args=(config, log, group))
         for r in range(ranks)
@@ -195,6 +206,8 @@ def attempt(config: Path, ranks: int, kill: Kill | None) -> list[int | None]:
         with contextlib.suppress(ProcessLookupError):
             assert process.pid is not None
             os.killpg(process.pid, signal.SIGKILL)
+    for process in (*started, store):
+        process.kill()
         process.join()
     return codes
 

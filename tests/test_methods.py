@@ -637,6 +637,7 @@ def test_figures_of_rollouts_count_what_is_no_refinement():
     answers = [episode(["abc", ""]), episode(["abcd", "a"])]
     assert rollout_metrics(answers, max_length=6) == {
         "rollout/mean_length": 2.0, "rollout/truncated": 1.0, "rollout/cut": 0.25,
+        "rollout/staleness": 0.0,
     }  # fmt: skip
     refined = [replace(e, completion="a", judgment="No.") for e in answers]
     found = rollout_metrics(refined, max_length=6)
