@@ -41,7 +41,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test test-sanitize fuzz faults bench gpu demo clean
+.PHONY: help .venv build lint format test test-sanitize fuzz faults soak bench gpu demo clean
 
 help: ## Show this help
 	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -146,6 +146,9 @@ fuzz: .venv ## Fuzz the reader of the episode store's journal with RUNS inputs
 
 faults: .venv ## Kill runs KILLS times for each method, engine and number of ranks, and resume them
 	$(BIN)/python tests/faults.py --kills $(KILLS) $(if $(ONLY),--only $(ONLY))
+
+soak: .venv ## Run 500 steps of SELF-JUDGE; memory, open files and threads must not grow
+	$(BIN)/python tests/soak.py
 
 bench: .venv ## Run the benchmarks
 	$(BIN)/python -m pytest -q bench
