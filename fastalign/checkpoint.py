@@ -44,7 +44,8 @@ REFERENCE_FILE = "reference.safetensors"
 class Position:
     """Where a run stands: ``step`` updates done; next is batch ``batch`` of round ``round``, after
     an evaluation where one is due.  The policy has become the reference ``references`` times; of
-    ``skipped_steps`` batches no step was made, the last ``skipped_in_a_row`` among them."""
+    ``skipped_steps`` batches no step was made, the last ``skipped_in_a_row`` among them.  At its
+    last checkpoint ``metrics.jsonl`` had ``logged`` bytes."""
 
     step: int = 0
     round: int = 0
@@ -55,6 +56,7 @@ class Position:
     references: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    logged: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _save_rest(
     facts = {
         "layout.json": {"processes": run.world_size, "zero_stage": run.model.zero_stage},
         "identity.json": run.identity,
-        "position.json": asdict(position),
+        "position.json": asdict(replace(position, logged=run.tracker.logged)),
     }
     for name, content in facts.items():
         (aside / name).write_text(json.dumps(content), encoding="utf-8")

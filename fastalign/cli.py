@@ -694,24 +694,24 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
                 _complain(f"paused: a signal {TOO_EARLY}")
                 return PAUSED
 
-    stop = Stop()
-    try:
-        with stop.listening():
-            return _train_here(config, stop)
-    except Interrupted:
-        _complain(f"paused: {stop.reason} {TOO_EARLY}")
-        return PAUSED
+    return _train_here(config)
 
 
-def _train_here(config: Config, stop: Stop) -> int:
+def _train_here(config: Config) -> int:
     """One rank's share of a run."""
     from fastalign.checkpoint import CheckpointError
     from fastalign.endpoint import JudgeError
     from fastalign.rollout import EngineError
     from fastalign.train import Paused, train
 
+    stop = Stop()
     try:
-        train(config, stop)
+        # What is told is told behind it: torchrun ends the ranks that still listen by SIGKILL.
+        with stop.listening():
+            train(config, stop)
+    except Interrupted:
+        _complain(f"paused: {stop.reason} {TOO_EARLY}")
+        return PAUSED
     except EngineError as error:
         _complain(f"rollout engine: {error}")
         return FAILED

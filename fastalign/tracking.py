@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ class Tracker:
         self.first_step: int | None = None
         self._bar: Progress | None = None
         self._writers: list[Any] = []
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         if not self.active:
             return
         folder = Path(config.output_dir)
@@ -52,24 +53,29 @@ class Tracker:
         """One line for the person who runs it."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def start(self, step: int) -> None:
-        """Go on from ``step``: what an interrupted run logged behind it will be logged again."""
+    def start(self, step: int, logged: int = 0) -> None:
+        """Go on from ``step``, at which ``metrics.jsonl`` had ``logged`` bytes: what an interrupted
+        run logged behind them will be logged again."""
         self.first_step = step
         if self.active:
-            kept = []
-            if step and self._path.is_file():
-                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                # A line that a killed run did not finish has no end.
-                whole = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-            self._file = self._path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            # Cut in place: what is written anew may be lost half-way.
+            self._file = self._path.open("ab")
+            if self._path.stat().st_size > logged:
+                self._file.truncate(logged)
         if self.active and sys.stderr.isatty():
             self._bar = _bar(self.console)
             self._task = self._bar.add_task(
                 "train", total=self.total_steps, completed=step, phase="start", figures=""
             )
             self._bar.start()
+
+    @property
+    def logged(self) -> int:
+        """Bytes of ``metrics.jsonl`` on the disk; 0 on ranks that write none."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._path.stat().st_size
 
     def phase(self, name: str) -> None:
         if self._bar is not None:
@@ -79,7 +85,7 @@ class Tracker:
         """Record metrics of a step; ``show`` also moves the bar or prints a line."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
         self._file.flush()
         for writer in self._writers:
             writer(step, metrics)

@@ -755,7 +755,7 @@ def run_rounds(
 ) -> dict[str, float]:
     """Everything between start and result."""
     config, tracker = run.config, run.tracker
-    tracker.start(position.step)
+    tracker.start(position.step, position.logged)
     run.version = position.step
     metrics: dict[str, float] = {}
     every = config.eval_steps if config.eval_steps != "round" else None

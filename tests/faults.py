@@ -6,7 +6,7 @@ For each combination of method, engine and ranks a run is killed in the middle o
 rollout, judging, an update, a save; which one, how far into it and on which rank is drawn), is
 resumed and killed again, until a drawn moment does not come any more and the run ends; then the
 next run begins, until there were as many kills as asked for.  Every run has to end with the bits of
-the undisturbed one: the trained tensors, the episode log, and each step's loss and gradient norm.
+the undisturbed one: the trained tensors, the episode log, each step's loss and gradient norm, and one line for each thing logged.
 
 Processes are forked from one that has imported torch and DeepSpeed already, so that an attempt
 takes seconds.  A signal of its own ends all of a run's processes when one dies, as torchrun does.
@@ -234,7 +234,8 @@ def outcome(config: Config) -> dict[str, Any]:
         for path in sorted(folder.glob("episodes/*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    return {"tensors": tensors, "steps": steps, "episodes": episodes}
+    logged = [row["step"] for row in rows]
+    return {"tensors": tensors, "steps": steps, "logged": logged, "episodes": episodes}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -83,14 +83,22 @@ def soak(engine: str, steps: int, model: Path, folder: Path) -> dict[str, Any]:
     """Run it; figures for the report, with what grew under ``grew``."""
     prompts = folder / "prompts.jsonl"
     folder.mkdir(parents=True)
-    write_rows(prompts, rows("prompt", 2 * steps))
+    write_rows(prompts, rows("prompt", 4 * steps))
     config = recipe(
         "dpo",
         model,
         folder,
         datasets=[{"path": str(prompts)}],
         judge={"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0},
-        online={"iterations": steps // 2, "prompts_per_iteration": 4, "num_generations": 2},
+        # Most pairs of such a judge are told otherwise in the other order; the rest of them stays
+        # what it is while the model hardly changes.
+        online={
+            "iterations": steps,
+            "prompts_per_iteration": 4,
+            "num_generations": 4,
+            "pairs": "all",
+        },
+        learning_rate=1e-6,
         rollout={"engine": engine, "max_num_seqs": 16},
         report_to=["tensorboard"],
         use_peft=True,

@@ -122,14 +122,14 @@ def launch(path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not there():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=400)
     return process.returncode, error.splitlines()
 
 

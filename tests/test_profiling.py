@@ -20,7 +20,12 @@ def test_the_steps_behind_the_first_are_traced(tiny_llama, tmp_path, capfd, step
     with gzip.open(folder / "trace-0.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     updates = [e for e in events if str(e.get("name", "")).startswith("Optimizer.step#")]
-    assert len(updates) == covered
+    # torch marks a subclass's step and the one within it, once its base class was ever used alone.
+    ended, counted = 0.0, 0
+    for update in sorted(updates, key=lambda e: e["ts"]):
+        counted += update["ts"] >= ended
+        ended = max(ended, update["ts"] + update["dur"])
+    assert counted == covered
     assert "aten::mm" in (folder / "table-0.txt").read_text()
 
 

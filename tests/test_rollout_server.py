@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign.train as loop
+from fastalign import checkpoint
 from fastalign.config import Config, ConfigError, RolloutConfig
 from fastalign.rollout import EngineError, SamplingSettings, make_engine
 from fastalign.rollout.server import ServerEngine, last_words
@@ -409,6 +410,7 @@ def make_it_older(config: Config) -> None:
     path = checkpoint_of(config) / "ahead.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"weights_round": record["weights_round"] - 1}))
+    checkpoint._save_manifest(path.parent)
 
 
 @pytest.mark.parametrize(
