@@ -6,7 +6,8 @@ For each combination of method, engine and ranks a run is killed in the middle o
 rollout, judging, an update, a save; which one, how far into it and on which rank is drawn), is
 resumed and killed again, until a drawn moment does not come any more and the run ends; then the
 next run begins, until there were as many kills as asked for.  Every run has to end with the bits of
-the undisturbed one: the trained tensors, the episode log, each step's loss and gradient norm, and one line for each thing logged.
+the undisturbed one: the trained tensors, the episode log, each step's loss and gradient norm, and
+as many lines of metrics.
 
 Processes are forked from one that has imported torch and DeepSpeed already, so that an attempt
 takes seconds.  A signal of its own ends all of a run's processes when one dies, as torchrun does.
