@@ -322,7 +322,7 @@ class RowSampler {
 
   // Makes a heap of all logits that are not below `least`, from the groups that hold any, and
   // nothing ranked yet.
-  void rank(float least, float most = kInfinity) {
+  void rank(float least) {
     candidates_.clear();
     ranked_.clear();
     for (std::size_t group = 0; group < lane_max_.size(); ++group) {
@@ -331,7 +331,7 @@ class RowSampler {
       const std::size_t end = start_of(block) + size_of(block);
       for (std::size_t id = start_of(block) + group % kLanes; id < end; id += kLanes) {
         const float value = logit(id);
-        if (value >= least && value <= most && value > -kInfinity) {
+        if (value >= least && value > -kInfinity) {
           candidates_.push_back({value, static_cast<std::uint32_t>(id)});
         }
       }

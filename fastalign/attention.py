@@ -132,6 +132,7 @@ def packed_attention(
     kernel = _varlen_kernel() if _suits_kernel(query, value, dropout) else None
     if kernel is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        k, v = _gathered(k, segments), _gathered(v, segments)
         return kernel(q, k, v, segments, scaling, dropout, sliding_window)[None], None
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
@@ -205,8 +206,8 @@ def _has_flash_attn() -> bool:
 
 @functools.cache
 def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
-    """(query [T, H, d], key and value [T, Hkv, d], segments, scaling, dropout, window) ->
-    [T, H, d], causal from the last token of each segment's keys."""
+    """(query [T, H, d], key and value [K, Hkv, d] of all keys, segments, scaling, dropout, window)
+    -> [T, H, d], causal from the last token of each segment's keys."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -221,7 +222,6 @@ def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
         dropout: float,
         window: int | None,
     ) -> torch.Tensor:
-        k, v = _gathered(k, segments), _gathered(v, segments)
         return flash_attn_varlen_func(
             q,
             k,
@@ -258,7 +258,6 @@ def _torch_varlen() -> Callable[..., torch.Tensor] | None:
         window: int | None,
     ) -> torch.Tensor:
         assert not dropout, "see _suits_kernel"
-        k, v = _gathered(k, segments), _gathered(v, segments)
         more: dict[str, Any] = {}
         if groups_heads:
             more["enable_gqa"] = k.shape[1] != q.shape[1]

@@ -26,6 +26,7 @@ from fastalign.config import Config, ConfigError, dump_config, parse_config
 from fastalign.data import Example, Stream
 from fastalign.episodes import forget_journals
 from fastalign.model import BASE_KEY, NF4, POLICY, TrainedModel, full_shape
+from fastalign.plugins import base_name
 from fastalign.run import Ahead, Run
 
 # Behind fastalign.model, which prepares the environment that DeepSpeed reads when imported.
@@ -399,7 +400,7 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
 
 def _check_same_content(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     """Refuse other contents under the names that the recipe has."""
-    for key in ("model_hash", "adapter_hash", "data", "judge_hash"):
+    for key in ("model_hash", "adapter_hash", "data", "method_hash", "judge_hash"):
         name, old, new = _difference(key.removesuffix("_hash"), saved.get(key), now.get(key))
         if old != new:
             raise ConfigError(
@@ -596,6 +597,11 @@ _FREE_SERVER = {"port", "start_timeout_s", "timeout_s"}
 def _check_same_run(saved: Config, config: Config, path: Path) -> None:
     free = {"judge": {"endpoint": _FREE_ENDPOINT}, "rollout": {"server": _FREE_SERVER}}
     before, now = (c.model_dump(mode="json", by_alias=True, exclude=free) for c in (saved, config))
+    for tree in (before, now):
+        # Wherever a file of code lies, its content is compared.
+        tree["method"] = base_name(tree["method"])
+        if tree["judge"] and tree["judge"]["path"]:
+            tree["judge"]["path"] = base_name(tree["judge"]["path"])
     for key in (key for key in now if key not in _FREE):
         name, old, new = _difference(key, before.get(key), now[key])
         if old != new:

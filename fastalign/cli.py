@@ -224,7 +224,10 @@ def _add_data(commands: Any) -> None:
     check = data.add_subparsers(dest="data_command", required=True).add_parser(
         "check", help="what files hold, and what training would make of it"
     )
-    check.add_argument("files", nargs="+", metavar="FILE", help="JSONL, JSON or Parquet")
+    check.add_argument("files", nargs="*", metavar="FILE", help="JSONL, JSON or Parquet")
+    check.add_argument(
+        "--recipe", help="look at a recipe's data sets instead, by its method, model and templates"
+    )
     check.add_argument(
         "--model", help="folder or hub name whose tokenizer counts lengths and renders rows"
     )
@@ -340,7 +343,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _check_data(arguments: argparse.Namespace) -> int:
     from fastalign.data_check import Settings, check_files
 
-    settings = Settings(arguments.model, arguments.template, arguments.max_length, arguments.kind)
+    recipe = load_config(arguments.recipe) if arguments.recipe else None
+    settings = Settings(
+        arguments.model, arguments.template, arguments.max_length, arguments.kind, recipe
+    )
     return OK if check_files(arguments.files, settings, as_json=arguments.json) else USAGE
 
 
@@ -677,9 +683,10 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
         overrides.append("resume_from_checkpoint=true")
     config = load_config(arguments.recipe, overrides)
 
-    from fastalign.methods import make_method
+    from fastalign.methods import complete, make_method
 
     try:
+        config = complete(config)
         make_method(config)
     except ConfigError as error:
         raise ConfigError(f"{arguments.recipe}: {error}") from None

@@ -9,6 +9,7 @@ forward pass; neither depends on how many processes run.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterable
@@ -23,7 +24,9 @@ class ConfigError(ValueError):
     """A recipe, override or data problem that the user can mend: one line, exit code 2."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a recipe: its keys and no others."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -38,7 +41,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class DatasetConfig(_Strict):
+class DatasetConfig(Strict):
     """One source of records; several are concatenated, each sampled by its weight."""
 
     path: str = Field(description="JSONL, JSON or Parquet file, or a name on the hub.")
@@ -60,7 +63,7 @@ class DatasetConfig(_Strict):
     )
 
 
-class CutConfig(_Strict):
+class CutConfig(Strict):
     """Contrastive unlikelihood training (arXiv 2312.14591)."""
 
     preset: Literal["paper", "reference"] = Field(
@@ -110,7 +113,7 @@ class CutConfig(_Strict):
     )
 
 
-class ProfileConfig(_Strict):
+class ProfileConfig(Strict):
     """torch's profiler over a few steps: a trace and a table in output_dir/profile."""
 
     steps: PositiveInt = Field(3, description="Steps that are profiled.")
@@ -119,7 +122,7 @@ class ProfileConfig(_Strict):
     )
 
 
-class OnlineConfig(_Strict):
+class OnlineConfig(Strict):
     """Rollouts from the current model, judged where the method asks for that, then trained on;
     absent: offline."""
 
@@ -154,7 +157,7 @@ class OnlineConfig(_Strict):
     )
 
 
-class ServerConfig(_Strict):
+class ServerConfig(Strict):
     """vLLM as a server of its own, which the trainer starts and ends."""
 
     devices: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -167,7 +170,7 @@ class ServerConfig(_Strict):
     )
 
 
-class RolloutConfig(_Strict):
+class RolloutConfig(Strict):
     """The rollout engine."""
 
     engine: Literal["auto", "vllm", "hf", "server"] = Field(
@@ -201,7 +204,7 @@ class RolloutConfig(_Strict):
         return self
 
 
-class EndpointConfig(_Strict):
+class EndpointConfig(Strict):
     """An OpenAI-compatible server that judges."""
 
     base_url: str = Field(description="As 'http://localhost:8000/v1'.")
@@ -242,7 +245,7 @@ class EndpointConfig(_Strict):
         return self.input_cost_per_million is not None or self.output_cost_per_million is not None
 
 
-class JudgeConfig(_Strict):
+class JudgeConfig(Strict):
     """Who judges the rollouts: written judgments for CUT, pairs for DPO."""
 
     type: Literal["rule", "self", "model", "endpoint"] = Field(
@@ -251,7 +254,9 @@ class JudgeConfig(_Strict):
         "server.",
     )
     path: str | None = Field(
-        None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
+        None,
+        description="Rule: 'package.module:name' or 'file.py:name' of a callable; a file is looked "
+        "for beside the recipe.",
     )
     endpoint: EndpointConfig | None = None
     model: Literal["reference", "policy"] = Field(
@@ -283,8 +288,14 @@ class JudgeConfig(_Strict):
         0.5, description="Stop when the mean P(A) + P(B) at the decision position is lower."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rule(cls, given: Any) -> Any:
+        """A text alone is the path of a rule."""
+        return {"path": given} if isinstance(given, str) else given
 
-class JsftConfig(_Strict):
+
+class JsftConfig(Strict):
     """Judge-augmented supervised fine-tuning (arXiv 2402.11253)."""
 
     judge_weight: Annotated[float, Field(ge=0)] = Field(
@@ -298,7 +309,7 @@ class JsftConfig(_Strict):
     )
 
 
-class RsoConfig(_Strict):
+class RsoConfig(Strict):
     """Statistical rejection sampling (RSO, arXiv 2309.06657)."""
 
     beta: PositiveFloat = Field(
@@ -309,7 +320,7 @@ class RsoConfig(_Strict):
     )
 
 
-class RestConfig(_Strict):
+class RestConfig(Strict):
     """Reinforced self-training (ReST, arXiv 2308.08998)."""
 
     quantile: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -317,7 +328,7 @@ class RestConfig(_Strict):
     )
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """A model, with or without a LoRA adapter on it."""
 
     model_name_or_path: str
@@ -345,7 +356,12 @@ class Config(ModelConfig):
     # What to train
     method: str = Field(
         description="'sft', 'cut', 'jsft', 'dpo', 'unlikelihood', 'hindsight', "
-        "'forward-prediction', 'ilf-mle', 'ilf-dpo', 'rso', 'rest', 'raft', or 'file.py:Class'."
+        "'forward-prediction', 'ilf-mle', 'ilf-dpo', 'rso', 'rest', 'raft', or your own: "
+        "'file.py:Class', the file being looked for beside the recipe, or 'package.module:Class'."
+    )
+    method_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of a method of your own, as its class declares them.",
     )
     attn_implementation: str | None = Field(
         None, description="null: packed, with flash-attn when it is installed."
@@ -606,9 +622,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: one line naming file, key, value and what would be right.
     """
     tree = read_yaml(path, "recipe")
+    _place_code(tree, Path(path).parent)
     for override in overrides or []:
         _apply_override(tree, override)
+    # What the command line names is looked for from where that is.
+    _place_code(tree, Path())
     return parse_config(tree, str(path))
+
+
+def _place_code(tree: dict[str, Any], folder: Path) -> None:
+    """Make paths of files with code absolute: they are looked for in ``folder``."""
+    for section, key in ((tree, "method"), (tree, "judge"), (tree, "eval_judge")):
+        if isinstance(section.get(key), dict):
+            section, key = section[key], "path"
+        if isinstance(section.get(key), str):
+            section[key] = _placed(section[key], folder)
+
+
+def _placed(path: str, folder: Path) -> str:
+    where, _, name = path.rpartition(":")
+    return f"{os.path.abspath(folder / where)}:{name}" if where.endswith(".py") else path
 
 
 def override_config(config: Config, overrides: Iterable[str]) -> Config:
@@ -630,12 +663,14 @@ def load_judge(path: str | Path) -> JudgeConfig:
         ConfigError: one line naming file, key, value and what would be right.
     """
     tree = read_yaml(path, "judge")
+    if isinstance(tree.get("path"), str):
+        tree["path"] = _placed(tree["path"], Path(path).parent)
     try:
         who = JudgeConfig.model_validate(tree)
         _check_judge("judge", who)
     except ValidationError as error:
         errors = [{**each, "loc": ("judge", *each["loc"])} for each in error.errors()]
-        raise ConfigError(f"{path}: {_explain(errors)}") from None
+        raise ConfigError(f"{path}: {explain(errors)}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     return who
@@ -673,7 +708,7 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_explain(error.errors())}") from None
+        raise ConfigError(f"{origin}: {explain(error.errors())}") from None
 
 
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -718,8 +753,15 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(errors: Iterable[Any]) -> str:
-    """All that is wrong with a recipe, in one line."""
+def explain(
+    errors: Iterable[Any], root: type[BaseModel] = Config, below: str = "", what: str = "a recipe"
+) -> str:
+    """All that pydantic finds wrong with ``root``, in one line.
+
+    Args:
+        below: the key that the model's own keys are below.
+        what: the model in words.
+    """
     errors = list(errors)
     problems: dict[str, list[str]] = {}
     for error in errors:
@@ -728,20 +770,20 @@ def _explain(errors: Iterable[Any]) -> str:
         inside = (e["loc"] for e in errors if len(e["loc"]) > len(location))
         if error["type"] == "too_short" and any(i[: len(location)] == location for i in inside):
             continue
-        subject, problem = _explain_one(error)
+        subject, problem = _explain_one(error, root, below, what)
         problems.setdefault(subject, []).append(problem)
     # Every alternative of a union complains on its own.
     return "; ".join(subject + " or ".join(texts) for subject, texts in problems.items())
 
 
-def _explain_one(error: Any) -> tuple[str, str]:
+def _explain_one(error: Any, root: type[BaseModel], below: str, what: str) -> tuple[str, str]:
     """(what is wrong, what would be right) of one error of pydantic's."""
-    location = _without_alternatives(error["loc"])
-    name = ".".join(location) or "recipe"
+    location = _without_alternatives(error["loc"], root)
+    name = ".".join([below, *location] if below else location) or "recipe"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        return f"{name} is no key of a recipe", f": did you mean {near[0]!r}?" if near else ""
+        return f"{name} is no key of {what}", f": did you mean {near[0]!r}?" if near else ""
     if error["type"] == "missing":
         return f"{name} is missing", ""
     message = error["msg"].removeprefix("Value error, ")
@@ -752,9 +794,9 @@ def _explain_one(error: Any) -> tuple[str, str]:
     return f"{name} = {value}: ", f"{message[0].lower()}{message[1:]}"
 
 
-def _without_alternatives(location: Iterable[str | int]) -> list[str]:
+def _without_alternatives(location: Iterable[str | int], root: type[BaseModel]) -> list[str]:
     """The location without the names that pydantic gives to the members of a union."""
-    model: Any = Config
+    model: Any = root
     names: list[str] = []
     union = False
     for part in location:
@@ -768,8 +810,8 @@ def _without_alternatives(location: Iterable[str | int]) -> list[str]:
     return names
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in location:
         if part.isdigit() or model is None:
             continue

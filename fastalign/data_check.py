@@ -48,12 +48,13 @@ METHODS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """What the command line asks for; ``recipe`` has the last word on how rows are used."""
 
     model: str | None = None
     template: str | None = None
     max_length: int | None = None
     kind: Kind | None = None
+    recipe: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -127,18 +128,18 @@ class FileReport:
 def check_files(files: Sequence[str], settings: Settings, *, as_json: bool) -> bool:
     """Report on each file to standard output; whether all of them can be trained on.
 
+    Args:
+        files: none where there is a recipe, whose data sets are looked at.
+
     Raises:
         ConfigError: settings that cannot be used with any file.
     """
-    if settings.model is None:
-        for option, value in (("template", settings.template), ("max-length", settings.max_length)):
-            if value is not None:
-                raise ConfigError(f"--{option} = {value}: it needs --model, whose tokenizer counts")
+    settings, datasets = _settled(files, settings)
     seen: dict[Any, str] = {}
     results: list[FileReport | ConfigError] = []
-    for path in files:
+    for dataset in datasets:
         try:
-            report = check_file(path, settings, seen)
+            report = _check(dataset, settings, seen)
         except ConfigError as error:
             results.append(error)
             print(f"fastalign: {error}", file=sys.stderr, flush=True)
@@ -148,13 +149,36 @@ def check_files(files: Sequence[str], settings: Settings, *, as_json: bool) -> b
             _print(report)
     if as_json:
         trees = [
-            {"path": path, "error": str(result)}
+            {"path": dataset.path, "error": str(result)}
             if isinstance(result, ConfigError)
             else dataclasses.asdict(result)
-            for path, result in zip(files, results, strict=True)
+            for dataset, result in zip(datasets, results, strict=True)
         ]
         print(json.dumps(trees, ensure_ascii=False, indent=1))
     return not any(isinstance(result, ConfigError) for result in results)
+
+
+def _settled(files: Sequence[str], settings: Settings) -> tuple[Settings, list[DatasetConfig]]:
+    """What goes together, and the data sets it is about."""
+    recipe = settings.recipe
+    if recipe is None:
+        if not files:
+            raise ConfigError("FILE is missing: name files, or a recipe with --recipe")
+        for option, value in (("template", settings.template), ("max-length", settings.max_length)):
+            if value is not None and settings.model is None:
+                raise ConfigError(f"--{option} = {value}: it needs --model, whose tokenizer counts")
+        return settings, [DatasetConfig(path=path, template=settings.template) for path in files]
+    said = {"FILE": files, "--template": settings.template, "--as": settings.kind}
+    twice = [name for name, given in said.items() if given]
+    if twice:
+        raise ConfigError(f"{twice[0]} is given beside --recipe, which says it: leave one of them")
+    changed = {"model_name_or_path": settings.model, "max_length": settings.max_length}
+    recipe = recipe.model_copy(update={k: v for k, v in changed.items() if v})
+    # All rows, each once.
+    whole = {"weight": 1.0, "max_samples": None}
+    datasets = [d.model_copy(update=whole) for d in (*recipe.datasets, *recipe.eval_datasets)]
+    settled = Settings(recipe.model_name_or_path, max_length=recipe.max_length, recipe=recipe)
+    return settled, datasets
 
 
 def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None) -> FileReport:
@@ -163,12 +187,17 @@ def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None
     Raises:
         ConfigError: the file cannot be read, or nothing of it can be trained on.
     """
-    records, report = load_records(
-        [DatasetConfig(path=path)], strict=False, seed=0, want=settings.kind
+    return _check(
+        DatasetConfig(path=path, template=settings.template), settings, {} if seen is None else seen
     )
+
+
+def _check(dataset: DatasetConfig, settings: Settings, seen: dict[Any, str]) -> FileReport:
+    path = dataset.path
+    records, report = load_records([dataset], strict=False, seed=0, want=_wanted(settings))
     (source,) = report.sources
     drops = Drops()
-    duplicates = _duplicates(records, {} if seen is None else seen)
+    duplicates = _duplicates(records, seen)
     if settings.model is None:
         lengths = [_words(record) for record in records]
         cut, max_length = Drops(), None
@@ -177,7 +206,7 @@ def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None
     else:
         compared = any(record.comparisons is not None for record in records)
         method = "jsft" if compared else METHODS[source.kind]
-        tokens = _Tokens(_config(path, method, settings))
+        tokens = _Tokens(_config(dataset, method, settings))
         usable, lengths, cut = tokens.measure(records, drops)
         if not usable:
             raise ConfigError(
@@ -319,11 +348,24 @@ def _as_read(record: Record) -> Iterator[Shown]:
 _Streams = list[tuple[str, np.ndarray, np.ndarray]]
 
 
-def _config(path: str, method: str, settings: Settings) -> Config:
+def _wanted(settings: Settings) -> Kind | tuple[Kind, ...] | None:
+    """The kind that rows are read as; of a recipe the one that its method wants."""
+    if settings.recipe is None:
+        return settings.kind
+    from fastalign.methods import make_method
+
+    method = make_method(settings.recipe)
+    return method.wants if settings.recipe.online is None else method.online_wants
+
+
+def _config(dataset: DatasetConfig, method: str, settings: Settings) -> Config:
+    if settings.recipe is not None:
+        only = {"datasets": (dataset,), "eval_datasets": (), "judge_datasets": ()}
+        return settings.recipe.model_copy(update=only)
     tree: dict[str, Any] = {
         "method": method,
         "model_name_or_path": settings.model,
-        "datasets": [{"path": path, "template": settings.template}],
+        "datasets": [dataset.model_dump()],
         "output_dir": "",
     }
     if settings.max_length is not None:
@@ -374,8 +416,8 @@ class _Tokens:
         from fastalign.methods.base import Dropped
         from fastalign.templates import NO_ROOM
 
-        if record.kind == "prompt":
-            ids = self.renderer.prompt_ids(record.prompt, tools=record.tools)
+        if record.kind == "prompt" or method.config.online is not None:
+            ids = method.rollout_prompt(record, self.renderer)
             if len(ids) >= method.config.max_length:
                 raise Dropped(NO_ROOM)
             return [("prompt", ids, np.zeros(len(ids), np.bool_))]
@@ -393,15 +435,17 @@ class _Tokens:
 
     def _lengths(self, record: Record, streams: _Streams) -> dict[str, int]:
         if record.kind == "messages":
-            ((_, ids, trained),) = streams
-            return {"messages": len(ids), "trained on": int(trained.sum())}
+            return {
+                "messages": max(len(ids) for _, ids, _ in streams),
+                "trained on": max(int(trained.sum()) for _, _, trained in streams),
+            }
         found: dict[str, int] = {}
         for name, ids, trained in streams:
             prompt = {"judged": "judged prompt", "judgment": "judge prompt"}.get(name, "prompt")
             answer = name if name in ("chosen", "rejected", "judgment") else "completion"
             # The longest, where a row makes several of a name.
             found[prompt] = max(len(ids) - int(trained.sum()), found.get(prompt, 0))
-            if record.kind != "prompt":
+            if trained.any():
                 found[answer] = max(int(trained.sum()), found.get(answer, 0))
         if record.judgment is not None:
             tokens = self.renderer.tokenizer(record.judgment, add_special_tokens=False)

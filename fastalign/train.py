@@ -46,7 +46,7 @@ from fastalign.logprobs import (
     probe_batch,
     probe_streams,
 )
-from fastalign.methods import Method, Metrics, make_method
+from fastalign.methods import Method, Metrics, complete, make_method
 from fastalign.methods.base import (
     Dropped,
     JudgeKind,
@@ -125,7 +125,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
     random.seed(config.seed)
     torch.manual_seed(config.seed)
 
-    config = resolve_adapter(config)
+    config = complete(resolve_adapter(config))
     found, skipped = checkpoint.find_checkpoint(config)
     transformers.utils.logging.disable_progress_bar()
 

@@ -33,6 +33,8 @@ from fastalign.run import Run
 from fastalign.tracking import Tracker
 
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+SIMPO = f"{EXAMPLES / 'simpo.py'}:SimPO"
 WORDS = tuple("the sum capital answer of one two better Paris is in seven".split())  # noqa: SIM905
 
 
@@ -72,8 +74,10 @@ REFINING = ("ilf-mle", "ilf-dpo")
 
 def recipe(method: str, model: Path, folder: Path, **keys: Any) -> Config:
     """A recipe over 12 rows of the method's own kind (prompts when online, unless their answers are
-    refined), in fp32 on a CPU."""
-    kind = "prompt" if keys.get("online") and method not in REFINING else KINDS[method]
+    refined; pairs for a method that is not the package's), in fp32 on a CPU."""
+    kind = KINDS.get(method, "preference")
+    if keys.get("online") and method not in REFINING:
+        kind = "prompt"
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{kind}.jsonl"
     if not data.exists():

@@ -349,7 +349,7 @@ def test_mistakes_of_the_command_line(tiny_llama, tmp_path, capsys):
         assert main(["data", "check", path, *arguments]) == 2
         error = capsys.readouterr().err
         assert complaint in error and "Traceback" not in error and len(error.splitlines()) == 1
-    for arguments in ([path, "--as", "pairs"], [path, "--max-length", "0"], []):
+    for arguments in ([path, "--as", "pairs"], [path, "--max-length", "0"]):
         with pytest.raises(SystemExit) as stopped:
             main(["data", "check", *arguments])
         assert stopped.value.code == 2

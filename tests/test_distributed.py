@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import (
+    SIMPO,
     TESTS,
     as_method,
     distance,
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cut": ("cut", {"cut": {"lambda": 1.5, "gamma": 0.5}}),
     "jsft": ("jsft", {"jsft": {"judge_weight": 3.0}}),
     "dpo": ("dpo", {}),
+    "own": (SIMPO, {"method_config": {"gamma": 0.5}}),
     # Fewer records than would fill a pack on each rank: one of them idles.
     "idle": ("cut", {"micro_batch_tokens": 10**6}),
     "norm": ("sft", {"max_grad_norm": 1e-3}),

@@ -356,7 +356,7 @@ def test_rules_that_cannot_be_loaded_are_named(rules, path, kind, message):
 def test_a_rule_whose_file_raises_is_named_with_its_error(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")
-    with pytest.raises(ConfigError, match=r"importing .*broken.py raised ZeroDivisionError"):
+    with pytest.raises(ConfigError, match=r"importing .*broken\.py:1 raised ZeroDivisionError"):
         made(f"{broken}:f", "written")
 
 

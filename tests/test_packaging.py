@@ -84,8 +84,9 @@ def test_sdist_holds_what_a_build_and_its_tests_need(sdist):
         "tests/conftest.py",
     ):
         assert name in names
-    recipes = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
-    assert recipes <= names
+    for folder in ("recipes", "examples", "docs"):
+        files = (path for path in (ROOT / folder).iterdir() if path.is_file())
+        assert {f"{folder}/{path.name}" for path in files} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 

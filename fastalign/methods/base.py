@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 
 from fastalign.batch import Batch
-from fastalign.config import Config, ConfigError
+from fastalign.config import Config, ConfigError, Strict, explain
 from fastalign.data import Example, Kind, Record, Sampled, Stream
 from fastalign.episodes import Episode
+from fastalign.plugins import base_name
 from fastalign.templates import Renderer, fit, fit_stream
 
 JudgeKind = Literal["written", "pairwise"]
@@ -100,9 +102,19 @@ def plain_prompt(record: Record, renderer: Renderer) -> np.ndarray:
     return renderer.prompt_ids(record.prompt, tools=record.tools)
 
 
-class BaseMethod:
-    """Shared parts; not a framework, only what every method would repeat."""
+class MethodSettings(Strict):
+    """What a method of one's own reads from ``method_config``; no other keys than its fields."""
 
+
+class BaseMethod:
+    """Shared parts; not a framework, only what every method would repeat.
+
+    Attributes:
+        Settings: what ``method_config`` may have; without fields, nothing.
+        settings: it, as the recipe has it.
+    """
+
+    Settings: ClassVar[type[BaseModel]] = MethodSettings
     wants: Kind | tuple[Kind, ...] = "completion"
     online_wants: Kind | None = None
     judge_kind: JudgeKind | None = None
@@ -111,6 +123,7 @@ class BaseMethod:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.settings: Any = read_settings(type(self), config)
         name = f"method = {config.method!r}"
         if config.online is None:
             if not self.wants:
@@ -179,6 +192,21 @@ class BaseMethod:
         if isinstance(fitted, str):
             raise Dropped(fitted)
         return fitted
+
+
+def read_settings(method: type[BaseMethod], config: Config) -> BaseModel:
+    """``method_config`` as the method's ``Settings``.
+
+    Raises:
+        ConfigError: a key that these do not have, or a value that they do not take.
+    """
+    try:
+        return method.Settings.model_validate(config.method_config)
+    except ValidationError as error:
+        what = base_name(config.method)
+        raise ConfigError(
+            explain(error.errors(), method.Settings, below="method_config", what=what)
+        ) from None
 
 
 def role_mean(values: torch.Tensor, batch: Batch, *roles: str) -> torch.Tensor:

@@ -8,26 +8,23 @@ import torch
 from fastalign import losses
 from fastalign.batch import Batch
 from fastalign.config import Config
-from fastalign.data import Example, Record, Stream
+from fastalign.data import Example, Kind, Record, Stream
 from fastalign.episodes import Episode
-from fastalign.methods.base import BaseMethod, Dropped, Metrics, as_sampled, total
+from fastalign.methods.base import BaseMethod, Dropped, JudgeKind, Metrics, as_sampled, total
 from fastalign.templates import Renderer
 
 # A ratio of probabilities that every pair of log-probs of a model exceeds.
 EVERY_TOKEN = 1e-300
 
 
-class Cut(BaseMethod):
-    """A negative record makes two streams with the same answer, one that hides the judgment and
-    one that shows it; a positive record makes one."""
+class Judgments(BaseMethod):
+    """A negative record makes two streams with the same answer, ``plain``, which hides the
+    judgment, and ``judged``, which shows it; a positive record makes the first alone.  A method on
+    it says what is lost on them."""
 
-    wants = "judged"
-    online_wants = "prompt"
-    judge_kind = "written"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.gamma, self.negative_weight = losses.cut_preset(config.cut.preset, config.cut.gamma)
+    wants: Kind | tuple[Kind, ...] = "judged"
+    online_wants: Kind | None = "prompt"
+    judge_kind: JudgeKind | None = "written"
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         judged_prompt_ids = None
@@ -71,19 +68,6 @@ class Cut(BaseMethod):
                 continue
         return examples
 
-    def select(self, examples: list[Example], seed: int) -> list[Example]:
-        """Downsample the positives to ``positive_ratio`` times the negatives."""
-        ratio = self.config.cut.positive_ratio
-        if ratio is None:
-            return examples
-        positive = [i for i, e in enumerate(examples) if len(e.streams) == 1]
-        keep = round(ratio * (len(examples) - len(positive)))
-        if keep >= len(positive):
-            return examples
-        kept = set(np.random.default_rng(seed).choice(positive, size=keep, replace=False).tolist())
-        dropped = set(positive) - kept
-        return [e for i, e in enumerate(examples) if i not in dropped]
-
     def _example(
         self,
         prompt_ids: np.ndarray,
@@ -101,6 +85,27 @@ class Cut(BaseMethod):
         if judged_prompt_ids is not None:
             streams.append(Stream.of("judged", judged_prompt_ids, completion_ids))
         return Example(streams=tuple(streams), weight=weight, source=source)
+
+
+class Cut(Judgments):
+    """What a judgment makes less probable is pushed down without it."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gamma, self.negative_weight = losses.cut_preset(config.cut.preset, config.cut.gamma)
+
+    def select(self, examples: list[Example], seed: int) -> list[Example]:
+        """Downsample the positives to ``positive_ratio`` times the negatives."""
+        ratio = self.config.cut.positive_ratio
+        if ratio is None:
+            return examples
+        positive = [i for i, e in enumerate(examples) if len(e.streams) == 1]
+        keep = round(ratio * (len(examples) - len(positive)))
+        if keep >= len(positive):
+            return examples
+        kept = set(np.random.default_rng(seed).choice(positive, size=keep, replace=False).tolist())
+        dropped = set(positive) - kept
+        return [e for i, e in enumerate(examples) if i not in dropped]
 
     def contrast(
         self,

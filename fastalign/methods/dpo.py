@@ -26,13 +26,16 @@ from fastalign.methods.base import (
 from fastalign.templates import Renderer
 
 
-class Dpo(BaseMethod):
-    """A pair makes two streams over one prompt; their margin is compared with the reference's."""
+class Preferences(BaseMethod):
+    """A pair makes two streams over one prompt, ``chosen`` then ``rejected``: in a pack of R pairs
+    the streams 2 r and 2 r + 1.  A method on it says what is lost on them.
+
+    Online a judge compares the samples of a prompt.
+    """
 
     wants: Kind | tuple[Kind, ...] = "preference"
     online_wants: Kind | None = "prompt"
     judge_kind: JudgeKind | None = "pairwise"
-    needs_reference = True
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         assert record.chosen is not None and record.rejected is not None
@@ -44,7 +47,7 @@ class Dpo(BaseMethod):
             _, rejected_ids = renderer.completion(
                 record.prompt, record.rejected, tools=record.tools, source=record.source
             )
-        return [self._pair(prompt_ids, chosen_ids, rejected_ids, record.weight, record.source)]
+        return [self.pair(prompt_ids, chosen_ids, rejected_ids, record.weight, record.source)]
 
     def choose(self, episode: Episode) -> Episode:
         """Best against worst by wins, or every decided pair (``online.pairs``); none where the
@@ -67,11 +70,11 @@ class Dpo(BaseMethod):
             # An empty answer, or two that are the same as far as they fit.
             with contextlib.suppress(Dropped):
                 examples.append(
-                    self._pair(episode.prompt_ids, chosen, rejected, episode.weight, episode.source)
+                    self.pair(episode.prompt_ids, chosen, rejected, episode.weight, episode.source)
                 )
         return examples
 
-    def _pair(
+    def pair(
         self,
         prompt_ids: np.ndarray,
         chosen_ids: np.ndarray,
@@ -79,6 +82,7 @@ class Dpo(BaseMethod):
         weight: float,
         source: str,
     ) -> Example:
+        """Both answers behind the prompt, int32 [P], [C], [C']; raises :class:`Dropped`."""
         chosen = self.fit(prompt_ids, chosen_ids)
         rejected = self.fit(prompt_ids, rejected_ids)
         if np.array_equal(chosen, rejected):
@@ -95,6 +99,12 @@ class Dpo(BaseMethod):
     def denominator(self, examples: Sequence[Example]) -> float:
         # The loss of a pair is a number of its own, whatever its length.
         return float(len(examples))
+
+
+class Dpo(Preferences):
+    """The margin between the answers of a pair is compared with the reference's."""
+
+    needs_reference = True
 
     def loss(
         self,

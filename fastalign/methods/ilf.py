@@ -67,7 +67,7 @@ class IlfDpo(Refining, Dpo):
         for rollout in episode.refinements():
             try:
                 examples.append(
-                    self._pair(
+                    self.pair(
                         episode.prompt_ids,
                         rollout.token_ids,
                         original_ids,

@@ -16,36 +16,9 @@ from fastalign.rollout import Rollout
 from fastalign.templates import Renderer
 
 
-class Likelihood(BaseMethod):
-    """-mean log p of each stream's targets; its methods differ in the streams that they make.
-
-    Attributes:
-        logged: token means of -log p that are logged: name -> roles of the streams, none for all.
-    """
-
-    logged: ClassVar[Mapping[str, tuple[str, ...]]] = {"nll": ()}
-
-    def parts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bounds [P + 1] and weights [P] of the rows that one mean is over: those of a stream."""
-        return batch.cu_rows.long(), batch.weights[batch.records]
-
-    def loss(
-        self,
-        logprob: torch.Tensor,
-        log1m_prob: torch.Tensor,
-        batch: Batch,
-        *,
-        reference: torch.Tensor | None,
-        progress: float,
-    ) -> tuple[torch.Tensor, Metrics]:
-        bounds, weights = self.parts(batch)
-        loss = losses.nll_loss(logprob, bounds, weights, normalization=self.config.normalization)
-        metrics = {name: role_mean(-logprob, batch, *r) for name, r in self.logged.items()}
-        return loss, metrics
-
-
-class Sft(Likelihood):
-    """-mean log p of the answer.  Online it keeps the rollouts that a judge finds fine."""
+class Demonstrations(BaseMethod):
+    """A row makes one stream, of its answer or of a dialogue's; a method on it says what is lost
+    on that.  Online they are the rollouts that a judge finds fine."""
 
     wants: Kind | tuple[Kind, ...] = ("completion", "messages")
     online_wants: Kind | None = "prompt"
@@ -76,6 +49,38 @@ class Sft(Likelihood):
             stream = Stream.of("demonstration", episode.prompt_ids, completion_ids)
             examples.append(Example((stream,), episode.weight, episode.source))
         return examples
+
+
+class Likelihood(BaseMethod):
+    """-mean log p of each stream's targets; its methods differ in the streams that they make.
+
+    Attributes:
+        logged: token means of -log p that are logged: name -> roles of the streams, none for all.
+    """
+
+    logged: ClassVar[Mapping[str, tuple[str, ...]]] = {"nll": ()}
+
+    def parts(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds [P + 1] and weights [P] of the rows that one mean is over: those of a stream."""
+        return batch.cu_rows.long(), batch.weights[batch.records]
+
+    def loss(
+        self,
+        logprob: torch.Tensor,
+        log1m_prob: torch.Tensor,
+        batch: Batch,
+        *,
+        reference: torch.Tensor | None,
+        progress: float,
+    ) -> tuple[torch.Tensor, Metrics]:
+        bounds, weights = self.parts(batch)
+        loss = losses.nll_loss(logprob, bounds, weights, normalization=self.config.normalization)
+        metrics = {name: role_mean(-logprob, batch, *r) for name, r in self.logged.items()}
+        return loss, metrics
+
+
+class Sft(Demonstrations, Likelihood):
+    """-mean log p of the answer.  Online it keeps the rollouts that a judge finds fine."""
 
 
 class Unlikelihood(Sft):
