@@ -18,9 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A recipe, override or data problem that the user can mend: one line, exit code 2."""
+from fastalign.errors import ConfigError as ConfigError
 
 
 class _Strict(BaseModel):
