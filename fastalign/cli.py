@@ -14,6 +14,7 @@ from fastalign import __version__
 from fastalign.commands import (
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     inspect,
@@ -32,6 +33,7 @@ COMMANDS = (
     data,
     judge,
     evaluate,
+    doctor,
 )
 
 
