@@ -12,6 +12,7 @@ import sys
 
 from fastalign import __version__
 from fastalign.commands import (
+    completion,
     data,
     demo,
     doctor,
@@ -19,6 +20,7 @@ from fastalign.commands import (
     generate,
     inspect,
     judge,
+    schema,
     train,
 )
 from fastalign.commands.common import EXIT_CODES, FAILED, USAGE, complain
@@ -34,6 +36,8 @@ COMMANDS = (
     judge,
     evaluate,
     doctor,
+    schema,
+    completion,
 )
 
 
@@ -46,6 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastalign {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    # Completion is made from all of it.
+    parser.set_defaults(parser=parser)
     for command in COMMANDS:
         command.add(commands)
     return parser

@@ -42,16 +42,14 @@ class DatasetConfig(_Strict):
     path: str = Field(description="JSONL, JSON or Parquet file, or a name on the hub.")
     split: str = Field("train", description="Split of a hub dataset.")
     weight: PositiveFloat = Field(
-        1.0,
-        description="Multiplies the number of records: 0.5 takes a seeded half, 2 each twice.",
+        1.0, description="Multiplies the number of records: 0.5 takes a seeded half, 2 each twice."
     )
     max_samples: PositiveInt | None = Field(None, description="Seeded subsample before weighting.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames: our column name -> the file's column name."
     )
     template: str | None = Field(
-        None,
-        description="'chat' (the default: the tokenizer's own), 'alpaca' or a template file.",
+        None, description="'chat' (the default: the tokenizer's own), 'alpaca' or a template file."
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the tokenizer's chat template."
@@ -173,12 +171,18 @@ class RolloutConfig(_Strict):
         description="'auto' takes vLLM when it is installed, the embedded engine otherwise; "
         "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
-    server: ServerConfig = ServerConfig()
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    server: ServerConfig = Field(ServerConfig(), description="Of engine 'server'.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="Share of a GPU's memory that vLLM takes."
+    )
     kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
-    enforce_eager: bool = True
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    enforce_eager: bool = Field(
+        True, description="vLLM without CUDA graphs: starts faster, decodes slower."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the engine's weights; 'auto': as the trainer's."
+    )
     tensor_parallel_size: PositiveInt = Field(
         1,
         description="So many neighbouring processes share one vLLM engine, each with its part of "
@@ -211,11 +215,11 @@ class EndpointConfig(_Strict):
     max_retries: Annotated[int, Field(ge=0)] = Field(
         5, description="Of a request that is refused for now, with growing pauses."
     )
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: PositiveFloat = Field(60.0, description="Seconds for one request.")
     max_tokens: PositiveInt | None = Field(
         None, description="Of a reply; null: 16 for a comparison, 256 for a judgment in words."
     )
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the server's replies.")
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of each request, as the server knows them; null takes out one "
@@ -251,7 +255,7 @@ class JudgeConfig(_Strict):
     path: str | None = Field(
         None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
     )
-    endpoint: EndpointConfig | None = None
+    endpoint: EndpointConfig | None = Field(None, description="Endpoint judge: which server.")
     model: Literal["reference", "policy"] = Field(
         "reference", description="Self judge: the frozen start of the run, or the current policy."
     )
@@ -273,7 +277,10 @@ class JudgeConfig(_Strict):
         "knows (helpfulness, honesty, instruction following, truthfulness) or a text of its own; "
         "empty: one overall.",
     )
-    decision_tokens: tuple[str, str] = (" A", " B")
+    decision_tokens: tuple[str, str] = Field(
+        (" A", " B"),
+        description="How the two verdicts begin, each one token of the judge's.",
+    )
     tie_threshold: Annotated[float, Field(ge=0)] = Field(
         1e-3, description="Scores closer than this tie; a tied pair abstains."
     )
@@ -318,9 +325,9 @@ class RestConfig(_Strict):
 class ModelConfig(_Strict):
     """A model, with or without a LoRA adapter on it."""
 
-    model_name_or_path: str
-    model_revision: str | None = None
-    trust_remote_code: bool = False
+    model_name_or_path: str = Field(description="Folder, or name on the hub.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    trust_remote_code: bool = Field(False, description="Run the Python code that the model brings.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
     )
@@ -348,22 +355,37 @@ class Config(ModelConfig):
     attn_implementation: str | None = Field(
         None, description="null: packed, with flash-attn when it is installed."
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass instead of keeping them: less "
+        "memory, more time.",
+    )
     activation_offloading: bool = Field(
         False, description="What gradient checkpointing keeps waits in the host's memory."
     )
     torch_compile: bool = Field(
         False, description="Layers are compiled, each pass but its attention and head."
     )
-    use_peft: bool = False
-    lora_r: PositiveInt = 16
-    lora_alpha: PositiveInt = 32
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    lora_target_modules: str | tuple[str, ...] = "all-linear"
+    use_peft: bool = Field(
+        False, description="Train a LoRA adapter on the frozen model; false: all weights."
+    )
+    lora_r: PositiveInt = Field(16, description="Rank of the adapter's matrices.")
+    lora_alpha: PositiveInt = Field(
+        32, description="Scale of the adapter: what it adds is multiplied by lora_alpha / lora_r."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout before the adapter."
+    )
+    lora_target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="Which linear layers are adapted, by name; 'all-linear': all but the LM head.",
+    )
 
     # Data
-    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
-    eval_datasets: tuple[DatasetConfig, ...] = ()
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)] = Field(
+        description="What is trained on."
+    )
+    eval_datasets: tuple[DatasetConfig, ...] = Field((), description="What is evaluated on.")
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Held-out share of `datasets` when `eval_datasets` is empty."
     )
@@ -374,27 +396,50 @@ class Config(ModelConfig):
     )
     max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
     strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
-    shuffle: bool = True
-    seed: Annotated[int, Field(ge=0)] = 42
+    shuffle: bool = Field(
+        True, description="Order of the records, by the seed; false: as in the files."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(42, description="Of all that is random.")
 
     # Optimisation
-    learning_rate: PositiveFloat = 1e-5
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Fraction = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: PositiveFloat = 1e-8
-    max_grad_norm: PositiveFloat = 1.0
-    num_train_epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = Field(1e-5, description="At its highest, behind the warm-up.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate goes on behind the warm-up."
+    )
+    warmup_ratio: Fraction = Field(
+        0.0, description="Share of the steps over which the learning rate rises from 0."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Of matrices alone (AdamW)."
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="Of the mean of gradients."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="Of the mean of squared gradients."
+    )
+    adam_epsilon: PositiveFloat = Field(1e-8, description="Added to their root.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
+    num_train_epochs: PositiveFloat = Field(
+        1.0, description="Passes over the data; online over the prompts."
+    )
+    max_steps: PositiveInt | None = Field(
+        None, description="At most so many optimizer steps; null: by the epochs."
+    )
     max_skipped_steps: PositiveInt = Field(
         3,
         description="A step whose loss or gradient norm is no finite number is not made; the run "
         "stops at so many in a row.",
     )
-    global_batch_size: PositiveInt = 8
-    micro_batch_tokens: PositiveInt = 8192
+    global_batch_size: PositiveInt = Field(
+        8,
+        description="Records for one optimizer step over all ranks; of preferences pairs.",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        8192,
+        description="Tokens of one packed forward pass on one rank: memory, not the result, depends"
+        " on it.",
+    )
     normalization: Literal["record", "token"] = Field(
         "record",
         description="Mean over tokens then records, or mean over the tokens of the global batch.",
@@ -405,9 +450,13 @@ class Config(ModelConfig):
     jsft: JsftConfig = JsftConfig()
     rso: RsoConfig = RsoConfig()
     rest: RestConfig = RestConfig()
-    beta: PositiveFloat = 0.1
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    beta: PositiveFloat = Field(0.1, description="DPO: strength of the pull towards the reference.")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field(
+        "sigmoid", description="DPO: its loss on the margin."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="DPO: share of the pairs taken to be labelled the wrong way round."
+    )
 
     # Rollouts
     online: OnlineConfig | None = None
@@ -418,10 +467,14 @@ class Config(ModelConfig):
     eval_judge: JudgeConfig | None = Field(
         None, description="Judge of the win rate against the start; never the training judge."
     )
-    max_completion_length: PositiveInt = 256
+    max_completion_length: PositiveInt = Field(256, description="Tokens of a rollout.")
     # vLLM samples from no sharper policy.
-    temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = Field(1.0, description="Of the rollouts.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Sample from the most probable tokens that together have this probability; 1: "
+        "from all.",
+    )
     top_k: Annotated[int, Field(ge=0)] = Field(
         0, description="Sample from so many of the most probable tokens; 0: from all."
     )
@@ -433,31 +486,45 @@ class Config(ModelConfig):
     )
 
     # Running
-    output_dir: str
+    output_dir: str = Field(description="Folder of the run: metrics, checkpoints, result.")
     nproc_per_node: PositiveInt | Literal["auto"] = Field(
         "auto", description="Processes on this node; 'auto': one per GPU, one on a CPU."
     )
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="What DeepSpeed shards over ranks: nothing (0), the optimizer (1), gradients "
+        "too (2), weights too (3); 'auto': 0 on one process, else 3, with load_in_4bit "
+        "2.",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed options merged under ours."
     )
     resume_from_checkpoint: str | bool = Field(
         False, description="true: the newest whole checkpoint of output_dir; or a folder."
     )
-    logging_steps: PositiveInt = 1
-    save_steps: PositiveInt | None = None
-    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = Field(1, description="Steps from one line of metrics to the next.")
+    save_steps: PositiveInt | None = Field(
+        None,
+        description="Steps from one checkpoint to the next; null: none but when the run pauses.",
+    )
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints that are kept.")
     eval_steps: PositiveInt | Literal["round"] | None = Field(
         None,
         description="Evaluate at the start, after so many steps each, and at the end; 'round': "
         "after each epoch, online after each iteration.",
     )
-    metric_for_best_model: str | None = None
+    metric_for_best_model: str | None = Field(
+        None, description="Keep the model with the best of this metric in output_dir/best."
+    )
     greater_is_better: bool | None = Field(
         None, description="null: unless the metric's name ends in 'loss'."
     )
-    early_stopping_patience: PositiveInt | None = None
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop when the metric has not improved in so many evaluations."
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="Where metrics go besides metrics.jsonl."
+    )
     profile: ProfileConfig | None = None
     declared_licenses: dict[str, str] = Field(
         default_factory=dict, description="Licences of model and data, written to run.json."
