@@ -17,6 +17,7 @@ from fastalign.commands import (
     demo,
     doctor,
     evaluate,
+    export,
     generate,
     inspect,
     judge,
@@ -38,6 +39,7 @@ COMMANDS = (
     doctor,
     schema,
     completion,
+    export,
 )
 
 

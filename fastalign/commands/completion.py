@@ -16,7 +16,7 @@ EXAMPLES = """\
 CODES = "  0 done, 2 no such shell"
 SHELLS = ("bash", "zsh", "fish")
 # What arguments without choices name: a folder or hub name, or a file.
-FOLDERS = {"model", "adapter", "against_adapter", "base", "run_or_adapter", "out", "output_dir"}
+FOLDERS = {"model", "adapter", "against_adapter", "base", "source", "out", "output_dir"}
 FILES = {
     "recipe", "prompts", "answers", "files", "filled", "result", "judge", "template", "pairs",
     "against", "calibration", "include_path", "data", "output",
