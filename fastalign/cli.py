@@ -19,6 +19,7 @@ from fastalign.commands import (
     evaluate,
     export,
     generate,
+    init,
     inspect,
     judge,
     schema,
@@ -40,6 +41,7 @@ COMMANDS = (
     schema,
     completion,
     export,
+    init,
 )
 
 

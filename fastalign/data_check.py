@@ -177,7 +177,7 @@ def check_file(path: str, settings: Settings, seen: dict[Any, str] | None = None
     else:
         compared = any(record.comparisons is not None for record in records)
         method = "jsft" if compared else METHODS[source.kind]
-        tokens = _Tokens(_config(path, method, settings))
+        tokens = Tokens(_config(path, method, settings))
         usable, lengths, cut = tokens.measure(records, drops)
         if not usable:
             raise ConfigError(
@@ -331,7 +331,7 @@ def _config(path: str, method: str, settings: Settings) -> Config:
     return parse_config(tree, "data check")
 
 
-class _Tokens:
+class Tokens:
     """The trainer's own way from a record to streams, with and without its limit of length."""
 
     UNLIMITED = 2**31

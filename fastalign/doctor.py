@@ -413,7 +413,8 @@ def check_optional() -> Findings:
         yield ok("none of bitsandbytes, flash-attn, openai, lm-eval is installed")
 
 
-def check_memory() -> Findings:
+def memory() -> tuple[int, int]:
+    """(free, in all) bytes of the host's memory, or of what its container may use."""
     values = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -431,6 +432,11 @@ def check_memory() -> Findings:
             most = int(Path(limit).read_text())
             if most < total:
                 total, free = most, min(free, most - int(Path(used).read_text()))
+    return free, total
+
+
+def check_memory() -> Findings:
+    free, total = memory()
     said = f"{free / GIB:.1f} of {total / GIB:.1f} GiB of memory free"
     if free < LEAST_MEMORY:
         yield warning(said, "weights are loaded through the host's memory: end what else runs")

@@ -20,12 +20,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fastalign import __version__
 from fastalign.config import ConfigError, ModelConfig
 from fastalign.footprint import load_model_config
-from fastalign.model import adapter_config, load_tokenizer, trained_on_nf4
+from fastalign.model import adapter_config, trained_on_nf4
+from fastalign.quantization import import_bitsandbytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LOSS = 0.05
@@ -114,7 +115,7 @@ def export(settings: Settings) -> Exported:
                 "(adapter_config.json); a run has them when it is done"
             )
         model.save_pretrained(folder)
-        load_tokenizer(ModelConfig(model_name_or_path=tokens)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokens).save_pretrained(folder)
         (folder / "README.md").write_text(_card(settings, exported, source), encoding="utf-8")
         if (source / "run.json").is_file():
             shutil.copy(source / "run.json", folder)
@@ -217,6 +218,7 @@ def _revision(source: Path) -> str | None:
 
 
 def _adapt(model: PreTrainedModel, source: Path, base: str) -> PeftModel:
+    import_bitsandbytes()
     try:
         adapted = PeftModel.from_pretrained(model, str(source), adapter_name=ADAPTER)
     except (OSError, ValueError, RuntimeError) as error:

@@ -236,7 +236,7 @@ LAYERS = {
     "demo": 3, "inspection": 3, "data_check": 3, "eval_pairs": 3, "eval_wins": 3, "eval_tasks": 3,
     "plan": 3,
     "commands": 4, "cli": 5, "__main__": 6,
-    "errors": 0, "doctor": 3, "schema": 3, "export": 3,
+    "errors": 0, "doctor": 3, "schema": 3, "export": 3, "new_recipe": 3,
 }  # fmt: skip
 
 
