@@ -406,6 +406,8 @@ class Tokens:
         if record.judgment is not None:
             tokens = self.renderer.tokenizer(record.judgment, add_special_tokens=False)
             found["judgment"] = len(tokens["input_ids"])
+        # What max_length has to hold.
+        found["together"] = max(len(ids) for _, ids, _ in streams)
         return found
 
 
