@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Draft:
-    """The recipe's text, and what was found out for it."""
+    """The recipe's text, and what was found out for it, and of the data that is left out."""
 
     text: str
     notes: tuple[str, ...]
@@ -132,12 +132,15 @@ def draft(request: Request) -> Draft:
             data cannot be read.
     """
     notes: list[str] = []
+    dropped: list[str] = []
     records: list[Record] = []
     if request.data is None:
         name = _form(request)
     else:
         name, records, source = _fitting(request, request.data)
-        notes += [f"data: {line}" for line in source.lines()]
+        # What was dropped quotes the data, which has no place in a recipe.
+        first, *dropped = source.lines()
+        notes.append(f"data: {first}")
     text = _Text(name)
     online = text.config.online is not None
     if request.model is not None:
@@ -162,7 +165,7 @@ def draft(request: Request) -> Draft:
         command += [option, value] if value is not None else []
     text.open_with([f"Written by `{shlex.join(command)}`:", *(f"  {note}" for note in notes)])
     make_method(text.config)
-    return Draft(str(text), tuple(notes))
+    return Draft(str(text), (*notes, *dropped))
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -273,8 +276,8 @@ def _fit_lengths(text: _Text, records: Sequence[Record]) -> Iterator[str]:
     text.set("max_length", chosen, f"{told}.")
     middle = sorted(lengths)[len(lengths) // 2]
     yield f"lengths: median {middle:,}, longest {longest:,} tokens; max_length {chosen:,}"
-    if drops.total:
-        yield f"not trained on: {'; '.join(drops.lines())}"
+    for reason, count in drops.counts.items():
+        yield f"not trained on: {count:,} x {reason}"
 
 
 def _lengths(config: Config, records: Sequence[Record]) -> tuple[list[int], Drops]:
@@ -301,7 +304,7 @@ def _steps(config: Config, records: int) -> str | None:
     if config.online is not None:
         return None
     steps = -(-records * config.num_train_epochs // config.global_batch_size)
-    return f"{steps:,.0f} of {config.global_batch_size} records, {config.num_train_epochs:g} epoch"
+    return f"{steps:,.0f}, of {config.global_batch_size} records each"
 
 
 # ---------------------------------------------------------------------------------------- memory

@@ -219,7 +219,11 @@ def test_rows_that_the_context_cannot_hold_are_counted(desk, tiny_llama, monkeyp
     has(monkeypatch, 16 << 30)
     content: list[dict[str, Any]] = rows("completion", 6)
     content += [{"prompt": "x " * 400, "completion": "y " * 400}] * 2
+    content.append({"prompt": "private", "completion": 7})
     write_rows(desk / "long.jsonl", content)
     config = init("sft", "--model", tiny_llama, "--data", "long.jsonl")
     assert config.max_length == 1024
-    assert "2 are longer than the model's context allows" in Path("recipe.yaml").read_text()
+    text = Path("recipe.yaml").read_text()
+    assert "2 are longer than the model's context allows" in text
+    assert "dropped 1 x completion: wrong type" in capsys.readouterr().out
+    assert "9 rows, 8 usable" in text and "dropped" not in text
