@@ -42,14 +42,16 @@ class DatasetConfig(_Strict):
     path: str = Field(description="JSONL, JSON or Parquet file, or a name on the hub.")
     split: str = Field("train", description="Split of a hub dataset.")
     weight: PositiveFloat = Field(
-        1.0, description="Multiplies the number of records: 0.5 takes a seeded half, 2 each twice."
+        1.0,
+        description="Multiplies the number of records: 0.5 takes a seeded half, 2 each twice.",
     )
     max_samples: PositiveInt | None = Field(None, description="Seeded subsample before weighting.")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Renames: our column name -> the file's column name."
     )
     template: str | None = Field(
-        None, description="'chat' (the default: the tokenizer's own), 'alpaca' or a template file."
+        None,
+        description="'chat' (the default: the tokenizer's own), 'alpaca' or a template file.",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the tokenizer's chat template."
@@ -171,17 +173,17 @@ class RolloutConfig(_Strict):
         description="'auto' takes vLLM when it is installed, the embedded engine otherwise; "
         "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
-    server: ServerConfig = Field(ServerConfig(), description="Of engine 'server'.")
+    server: ServerConfig = Field(ServerConfig(), description="The server of engine 'server'.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.4, description="Share of a GPU's memory that vLLM takes."
+        0.4, description="Share of each GPU's memory that vLLM takes."
     )
     kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
     enforce_eager: bool = Field(
-        True, description="vLLM without CUDA graphs: starts faster, decodes slower."
+        True, description="vLLM without CUDA graphs: starts sooner and decodes slower."
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of the engine's weights; 'auto': as the trainer's."
+        "auto", description="Arithmetic of the engine; 'auto': that of the trainer."
     )
     tensor_parallel_size: PositiveInt = Field(
         1,
@@ -215,7 +217,7 @@ class EndpointConfig(_Strict):
     max_retries: Annotated[int, Field(ge=0)] = Field(
         5, description="Of a request that is refused for now, with growing pauses."
     )
-    timeout_s: PositiveFloat = Field(60.0, description="Seconds for one request.")
+    timeout_s: PositiveFloat = Field(60.0, description="Of one request.")
     max_tokens: PositiveInt | None = Field(
         None, description="Of a reply; null: 16 for a comparison, 256 for a judgment in words."
     )
@@ -255,7 +257,9 @@ class JudgeConfig(_Strict):
     path: str | None = Field(
         None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
     )
-    endpoint: EndpointConfig | None = Field(None, description="Endpoint judge: which server.")
+    endpoint: EndpointConfig | None = Field(
+        None, description="Endpoint judge: which server, and what it may cost."
+    )
     model: Literal["reference", "policy"] = Field(
         "reference", description="Self judge: the frozen start of the run, or the current policy."
     )
@@ -279,7 +283,7 @@ class JudgeConfig(_Strict):
     )
     decision_tokens: tuple[str, str] = Field(
         (" A", " B"),
-        description="How the two verdicts begin, each one token of the judge's.",
+        description="Names of the two answers where the judge decides; one token each.",
     )
     tie_threshold: Annotated[float, Field(ge=0)] = Field(
         1e-3, description="Scores closer than this tie; a tied pair abstains."
@@ -325,9 +329,11 @@ class RestConfig(_Strict):
 class ModelConfig(_Strict):
     """A model, with or without a LoRA adapter on it."""
 
-    model_name_or_path: str = Field(description="Folder, or name on the hub.")
-    model_revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    trust_remote_code: bool = Field(False, description="Run the Python code that the model brings.")
+    model_name_or_path: str = Field(description="Folder, or a name on the hub.")
+    model_revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the hub."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
     )
@@ -357,8 +363,7 @@ class Config(ModelConfig):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute activations again in the backward pass instead of keeping them: less "
-        "memory, more time.",
+        description="Keep each layer's input alone; the backward pass computes the rest again.",
     )
     activation_offloading: bool = Field(
         False, description="What gradient checkpointing keeps waits in the host's memory."
@@ -366,26 +371,26 @@ class Config(ModelConfig):
     torch_compile: bool = Field(
         False, description="Layers are compiled, each pass but its attention and head."
     )
-    use_peft: bool = Field(
-        False, description="Train a LoRA adapter on the frozen model; false: all weights."
-    )
-    lora_r: PositiveInt = Field(16, description="Rank of the adapter's matrices.")
+    use_peft: bool = Field(False, description="Train a LoRA adapter; false: all weights.")
+    lora_r: PositiveInt = Field(16, description="Rank of the adapter.")
     lora_alpha: PositiveInt = Field(
-        32, description="Scale of the adapter: what it adds is multiplied by lora_alpha / lora_r."
+        32, description="The adapter's part is multiplied by lora_alpha / lora_r."
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout before the adapter."
+        0.0, description="Share of the adapter's inputs that is dropped in training."
     )
     lora_target_modules: str | tuple[str, ...] = Field(
         "all-linear",
-        description="Which linear layers are adapted, by name; 'all-linear': all but the LM head.",
+        description="Names of the layers with an adapter; 'all-linear': all but the LM head.",
     )
 
     # Data
     datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)] = Field(
-        description="What is trained on."
+        description="What is trained on; a list."
     )
-    eval_datasets: tuple[DatasetConfig, ...] = Field((), description="What is evaluated on.")
+    eval_datasets: tuple[DatasetConfig, ...] = Field(
+        (), description="Held-out data; with eval_steps."
+    )
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Held-out share of `datasets` when `eval_datasets` is empty."
     )
@@ -397,34 +402,36 @@ class Config(ModelConfig):
     max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
     strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
     shuffle: bool = Field(
-        True, description="Order of the records, by the seed; false: as in the files."
+        True, description="Another order in each epoch; false: that of the files."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="Of all that is random.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        42, description="Of order, samples, dropout and new adapters."
+    )
 
     # Optimisation
-    learning_rate: PositiveFloat = Field(1e-5, description="At its highest, behind the warm-up.")
+    learning_rate: PositiveFloat = Field(1e-5, description="Highest of the schedule.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="How the learning rate goes on behind the warm-up."
+        "cosine", description="'cosine' and 'linear' fall to 0."
     )
     warmup_ratio: Fraction = Field(
-        0.0, description="Share of the steps over which the learning rate rises from 0."
+        0.0, description="Share of the steps in which the learning rate rises from 0."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Of matrices alone (AdamW)."
+        0.0, description="AdamW's; not of biases and norms."
     )
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.9, description="Of the mean of gradients."
+        0.9, description="AdamW's decay of the mean of gradients."
     )
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.999, description="Of the mean of squared gradients."
+        0.999, description="AdamW's decay of the mean of their squares."
     )
-    adam_epsilon: PositiveFloat = Field(1e-8, description="Added to their root.")
-    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this norm.")
     num_train_epochs: PositiveFloat = Field(
-        1.0, description="Passes over the data; online over the prompts."
+        1.0, description="Passes over the data; online: over the prompts."
     )
     max_steps: PositiveInt | None = Field(
-        None, description="At most so many optimizer steps; null: by the epochs."
+        None, description="Optimizer steps at most; null: as num_train_epochs says."
     )
     max_skipped_steps: PositiveInt = Field(
         3,
@@ -432,13 +439,10 @@ class Config(ModelConfig):
         "stops at so many in a row.",
     )
     global_batch_size: PositiveInt = Field(
-        8,
-        description="Records for one optimizer step over all ranks; of preferences pairs.",
+        8, description="Records (pairs for preferences) of an optimizer step, over all processes."
     )
     micro_batch_tokens: PositiveInt = Field(
-        8192,
-        description="Tokens of one packed forward pass on one rank: memory, not the result, depends"
-        " on it.",
+        8192, description="Tokens of one packed forward pass of one process."
     )
     normalization: Literal["record", "token"] = Field(
         "record",
@@ -446,34 +450,38 @@ class Config(ModelConfig):
     )
 
     # Losses
-    cut: CutConfig = CutConfig()
-    jsft: JsftConfig = JsftConfig()
-    rso: RsoConfig = RsoConfig()
-    rest: RestConfig = RestConfig()
-    beta: PositiveFloat = Field(0.1, description="DPO: strength of the pull towards the reference.")
+    cut: CutConfig = Field(CutConfig(), description="Of method 'cut'.")
+    jsft: JsftConfig = Field(JsftConfig(), description="Of method 'jsft'.")
+    rso: RsoConfig = Field(RsoConfig(), description="Of method 'rso'.")
+    rest: RestConfig = Field(RestConfig(), description="Of method 'rest'.")
+    beta: PositiveFloat = Field(
+        0.1, description="Of pairs: a larger one keeps the policy closer to the reference."
+    )
     loss_type: Literal["sigmoid", "ipo", "hinge"] = Field(
-        "sigmoid", description="DPO: its loss on the margin."
+        "sigmoid", description="Loss of pairs: 'sigmoid' is DPO's."
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="DPO: share of the pairs taken to be labelled the wrong way round."
+        0.0, description="Assumed share of wrong labels among pairs."
     )
 
     # Rollouts
-    online: OnlineConfig | None = None
-    rollout: RolloutConfig = RolloutConfig()
+    online: OnlineConfig | None = Field(
+        None, description="Train on what the model samples; null: offline, on the data alone."
+    )
+    rollout: RolloutConfig = Field(RolloutConfig(), description="The engine that samples.")
     judge: JudgeConfig | None = Field(
         None, description="Of the rollouts; null for the methods that ask nobody (ILF)."
     )
     eval_judge: JudgeConfig | None = Field(
         None, description="Judge of the win rate against the start; never the training judge."
     )
-    max_completion_length: PositiveInt = Field(256, description="Tokens of a rollout.")
+    max_completion_length: PositiveInt = Field(
+        256, description="Tokens of a sampled answer at most."
+    )
     # vLLM samples from no sharper policy.
-    temperature: Annotated[float, Field(ge=0.01)] = Field(1.0, description="Of the rollouts.")
+    temperature: Annotated[float, Field(ge=0.01)] = Field(1.0, description="Of sampled answers.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0,
-        description="Sample from the most probable tokens that together have this probability; 1: "
-        "from all.",
+        1.0, description="Sample from the most probable tokens that together have this probability."
     )
     top_k: Annotated[int, Field(ge=0)] = Field(
         0, description="Sample from so many of the most probable tokens; 0: from all."
@@ -486,15 +494,14 @@ class Config(ModelConfig):
     )
 
     # Running
-    output_dir: str = Field(description="Folder of the run: metrics, checkpoints, result.")
+    output_dir: str = Field(description="Folder of checkpoints, logs and result.")
     nproc_per_node: PositiveInt | Literal["auto"] = Field(
         "auto", description="Processes on this node; 'auto': one per GPU, one on a CPU."
     )
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         "auto",
-        description="What DeepSpeed shards over ranks: nothing (0), the optimizer (1), gradients "
-        "too (2), weights too (3); 'auto': 0 on one process, else 3, with load_in_4bit "
-        "2.",
+        description="DeepSpeed's ZeRO stage; 'auto': 0 on one process, 3 on several (2 with "
+        "load_in_4bit).",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed options merged under ours."
@@ -502,10 +509,9 @@ class Config(ModelConfig):
     resume_from_checkpoint: str | bool = Field(
         False, description="true: the newest whole checkpoint of output_dir; or a folder."
     )
-    logging_steps: PositiveInt = Field(1, description="Steps from one line of metrics to the next.")
+    logging_steps: PositiveInt = Field(1, description="Metrics are written every so many steps.")
     save_steps: PositiveInt | None = Field(
-        None,
-        description="Steps from one checkpoint to the next; null: none but when the run pauses.",
+        None, description="A checkpoint every so many steps; null: none but when the run is paused."
     )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints that are kept.")
     eval_steps: PositiveInt | Literal["round"] | None = Field(
@@ -514,18 +520,19 @@ class Config(ModelConfig):
         "after each epoch, online after each iteration.",
     )
     metric_for_best_model: str | None = Field(
-        None, description="Keep the model with the best of this metric in output_dir/best."
+        None,
+        description="A metric of evaluations; the best model by it is kept in output_dir/best.",
     )
     greater_is_better: bool | None = Field(
         None, description="null: unless the metric's name ends in 'loss'."
     )
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="Stop when the metric has not improved in so many evaluations."
+        None, description="Stop after so many evaluations without a better one."
     )
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        ("tensorboard",), description="Where metrics go besides metrics.jsonl."
+        ("tensorboard",), description="Where metrics go beside output_dir/metrics.jsonl."
     )
-    profile: ProfileConfig | None = None
+    profile: ProfileConfig | None = Field(None, description="Trace some steps; null: none.")
     declared_licenses: dict[str, str] = Field(
         default_factory=dict, description="Licences of model and data, written to run.json."
     )

@@ -14,7 +14,7 @@ from fastalign.cli import main
 from fastalign.config import Config, ConfigError, parse_config
 from fastalign.schema import keys, recipe_schema
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
 SCHEMA = recipe_schema()
 
 
