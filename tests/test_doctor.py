@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastalign_kernels
 from fastalign.cli import main
-from fastalign.doctor import CHECKS, Finding, examine
+from fastalign.doctor import CHECKS, Finding, _compiled_for, examine
 
 
 def package(folder: Path, name: str, body: str) -> None:
@@ -191,12 +192,29 @@ def here() -> Callable[[str], list[Finding]]:
 def test_a_gpu_that_torch_cannot_use_is_an_error(tmp_path, monkeypatch, here):
     assert "everything runs on the CPU" in here("gpu")[0].message
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559, 40000, 9.0'\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559, [N/A]'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (found,) = here("gpu")
     assert found.level == "error" and found.advice
     assert found.message.startswith("NVIDIA H100") and torch.__version__ in found.message
+
+
+@pytest.mark.parametrize(
+    ("card", "known", "runs"),
+    [
+        ((8, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((7, 5), ["sm_80", "sm_90"], False),
+        ((10, 0), ["sm_80", "sm_90"], False),
+        ((10, 0), ["sm_80", "sm_90", "compute_90"], True),
+        ((12, 0), ["sm_100", "sm_120"], True),
+    ],
+)
+def test_cards_run_what_was_built_for_them(card, known, runs):
+    major, minor = card
+    assert _compiled_for(SimpleNamespace(major=major, minor=minor), known) == runs
 
 
 def test_locks_that_nobody_holds_are_errors(tmp_path, monkeypatch, here):
