@@ -76,10 +76,18 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["fastalign", "fastalign.*"]), *find_packages(KERNELS)],
+    packages=[
+        *find_packages(include=["fastalign", "fastalign.*"]),
+        *find_packages(KERNELS),
+        # Which `fastalign init` starts from.
+        "fastalign.recipes",
+    ],
     # kernels/ is a folder, not a package: with an __init__.py it would shadow the PyPI package of
     # that name, which transformers imports.
-    package_dir={"fastalign_kernels": f"{KERNELS}/fastalign_kernels"},
+    package_dir={
+        "fastalign_kernels": f"{KERNELS}/fastalign_kernels",
+        "fastalign.recipes": "recipes",
+    },
     ext_modules=[Extension("fastalign._bridge", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

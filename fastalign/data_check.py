@@ -206,7 +206,7 @@ def _check(dataset: DatasetConfig, settings: Settings, seen: dict[Any, str]) -> 
     else:
         compared = any(record.comparisons is not None for record in records)
         method = "jsft" if compared else METHODS[source.kind]
-        tokens = _Tokens(_config(dataset, method, settings))
+        tokens = Tokens(_config(dataset, method, settings))
         usable, lengths, cut = tokens.measure(records, drops)
         if not usable:
             raise ConfigError(
@@ -373,7 +373,7 @@ def _config(dataset: DatasetConfig, method: str, settings: Settings) -> Config:
     return parse_config(tree, "data check")
 
 
-class _Tokens:
+class Tokens:
     """The trainer's own way from a record to streams, with and without its limit of length."""
 
     UNLIMITED = 2**31
@@ -450,6 +450,8 @@ class _Tokens:
         if record.judgment is not None:
             tokens = self.renderer.tokenizer(record.judgment, add_special_tokens=False)
             found["judgment"] = len(tokens["input_ids"])
+        # What max_length has to hold.
+        found["together"] = max(len(ids) for _, ids, _ in streams)
         return found
 
 

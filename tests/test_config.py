@@ -286,6 +286,7 @@ def test_there_are_recipes_for_every_method():
     names = {path.stem for path in Path(__file__).parents[1].glob("recipes/*.yaml")}
     assert names == {
         "cut-offline", "cut-online", "jsft", "self-judge", "dpo", "sft", "hindsight",
+        "unlikelihood",
         "forward-prediction", "ilf-mle", "ilf-dpo", "rso", "rest", "raft",
     }  # fmt: skip
 

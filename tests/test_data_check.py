@@ -107,6 +107,9 @@ def test_lengths_and_truncations_are_those_of_training(kind, tiny_llama, tmp_pat
     assert report.lengths[name]["median"] == np.quantile(answers, 0.5)
     prompts = [len(e.streams[0]) - targets[e.source][0] for e in whole]
     assert report.lengths["prompt"]["max"] == max(prompts)
+    together = [max(len(s) for s in e.streams) for e in whole]
+    assert report.lengths["together"]["max"] == max(together)
+    assert report.lengths["together"]["median"] == np.quantile(together, 0.5)
 
 
 def test_the_rendered_rows_are_what_is_trained(tiny_llama, tmp_path):

@@ -236,7 +236,8 @@ LAYERS = {
     "_compat": 0, "_bridge": 0, "config": 0, "train": 2,
     "demo": 3, "inspection": 3, "data_check": 3, "eval_pairs": 3, "eval_wins": 3, "eval_tasks": 3,
     "plan": 3,
-    "cli": 4, "__main__": 5,
+    "commands": 4, "cli": 5, "__main__": 6,
+    "errors": 0, "doctor": 3, "schema": 3, "export": 3, "new_recipe": 3,
 }  # fmt: skip
 
 
