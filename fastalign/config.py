@@ -175,12 +175,18 @@ class RolloutConfig(_Strict):
         description="'auto' takes vLLM when it is installed, the embedded engine otherwise; "
         "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
-    server: ServerConfig = ServerConfig()
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
+    server: ServerConfig = Field(ServerConfig(), description="The server of engine 'server'.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="Share of each GPU's memory that vLLM takes."
+    )
     kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")
-    enforce_eager: bool = True
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    enforce_eager: bool = Field(
+        True, description="vLLM without CUDA graphs: starts sooner and decodes slower."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Arithmetic of the engine; 'auto': that of the trainer."
+    )
     tensor_parallel_size: PositiveInt = Field(
         1,
         description="So many neighbouring processes share one vLLM engine, each with its part of "
@@ -213,11 +219,11 @@ class EndpointConfig(_Strict):
     max_retries: Annotated[int, Field(ge=0)] = Field(
         5, description="Of a request that is refused for now, with growing pauses."
     )
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: PositiveFloat = Field(60.0, description="Of one request.")
     max_tokens: PositiveInt | None = Field(
         None, description="Of a reply; null: 16 for a comparison, 256 for a judgment in words."
     )
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="Of the server's replies.")
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of each request, as the server knows them; null takes out one "
@@ -253,7 +259,9 @@ class JudgeConfig(_Strict):
     path: str | None = Field(
         None, description="Rule: 'package.module:name' or 'file.py:name' of a callable."
     )
-    endpoint: EndpointConfig | None = None
+    endpoint: EndpointConfig | None = Field(
+        None, description="Endpoint judge: which server, and what it may cost."
+    )
     model: Literal["reference", "policy"] = Field(
         "reference", description="Self judge: the frozen start of the run, or the current policy."
     )
@@ -275,7 +283,10 @@ class JudgeConfig(_Strict):
         "knows (helpfulness, honesty, instruction following, truthfulness) or a text of its own; "
         "empty: one overall.",
     )
-    decision_tokens: tuple[str, str] = (" A", " B")
+    decision_tokens: tuple[str, str] = Field(
+        (" A", " B"),
+        description="Names of the two answers where the judge decides; one token each.",
+    )
     tie_threshold: Annotated[float, Field(ge=0)] = Field(
         1e-3, description="Scores closer than this tie; a tied pair abstains."
     )
@@ -320,9 +331,11 @@ class RestConfig(_Strict):
 class ModelConfig(_Strict):
     """A model, with or without a LoRA adapter on it."""
 
-    model_name_or_path: str
-    model_revision: str | None = None
-    trust_remote_code: bool = False
+    model_name_or_path: str = Field(description="Folder, or a name on the hub.")
+    model_revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the hub."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Parameters and arithmetic; 'auto': bfloat16 where it is fast."
     )
@@ -350,22 +363,36 @@ class Config(ModelConfig):
     attn_implementation: str | None = Field(
         None, description="null: packed, with flash-attn when it is installed."
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input alone; the backward pass computes the rest again.",
+    )
     activation_offloading: bool = Field(
         False, description="What gradient checkpointing keeps waits in the host's memory."
     )
     torch_compile: bool = Field(
         False, description="Layers are compiled, each pass but its attention and head."
     )
-    use_peft: bool = False
-    lora_r: PositiveInt = 16
-    lora_alpha: PositiveInt = 32
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    lora_target_modules: str | tuple[str, ...] = "all-linear"
+    use_peft: bool = Field(False, description="Train a LoRA adapter; false: all weights.")
+    lora_r: PositiveInt = Field(16, description="Rank of the adapter.")
+    lora_alpha: PositiveInt = Field(
+        32, description="The adapter's part is multiplied by lora_alpha / lora_r."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the adapter's inputs that is dropped in training."
+    )
+    lora_target_modules: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="Names of the layers with an adapter; 'all-linear': all but the LM head.",
+    )
 
     # Data
-    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)]
-    eval_datasets: tuple[DatasetConfig, ...] = ()
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1)] = Field(
+        description="What is trained on; a list."
+    )
+    eval_datasets: tuple[DatasetConfig, ...] = Field(
+        (), description="Held-out data; with eval_steps."
+    )
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Held-out share of `datasets` when `eval_datasets` is empty."
     )
@@ -376,54 +403,88 @@ class Config(ModelConfig):
     )
     max_length: PositiveInt = Field(2048, description="Tokens of prompt and completion.")
     strict: bool = Field(False, description="A bad row stops the run instead of being dropped.")
-    shuffle: bool = True
-    seed: Annotated[int, Field(ge=0)] = 42
+    shuffle: bool = Field(
+        True, description="Another order in each epoch; false: that of the files."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        42, description="Of order, samples, dropout and new adapters."
+    )
 
     # Optimisation
-    learning_rate: PositiveFloat = 1e-5
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Fraction = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: PositiveFloat = 1e-8
-    max_grad_norm: PositiveFloat = 1.0
-    num_train_epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = None
+    learning_rate: PositiveFloat = Field(1e-5, description="Highest of the schedule.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="'cosine' and 'linear' fall to 0."
+    )
+    warmup_ratio: Fraction = Field(
+        0.0, description="Share of the steps in which the learning rate rises from 0."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="AdamW's; not of biases and norms."
+    )
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="AdamW's decay of the mean of gradients."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="AdamW's decay of the mean of their squares."
+    )
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are scaled down to this norm.")
+    num_train_epochs: PositiveFloat = Field(
+        1.0, description="Passes over the data; online: over the prompts."
+    )
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimizer steps at most; null: as num_train_epochs says."
+    )
     max_skipped_steps: PositiveInt = Field(
         3,
         description="A step whose loss or gradient norm is no finite number is not made; the run "
         "stops at so many in a row.",
     )
-    global_batch_size: PositiveInt = 8
-    micro_batch_tokens: PositiveInt = 8192
+    global_batch_size: PositiveInt = Field(
+        8, description="Records (pairs for preferences) of an optimizer step, over all processes."
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        8192, description="Tokens of one packed forward pass of one process."
+    )
     normalization: Literal["record", "token"] = Field(
         "record",
         description="Mean over tokens then records, or mean over the tokens of the global batch.",
     )
 
     # Losses
-    cut: CutConfig = CutConfig()
-    jsft: JsftConfig = JsftConfig()
-    rso: RsoConfig = RsoConfig()
-    rest: RestConfig = RestConfig()
-    beta: PositiveFloat = 0.1
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    cut: CutConfig = Field(CutConfig(), description="Of method 'cut'.")
+    jsft: JsftConfig = Field(JsftConfig(), description="Of method 'jsft'.")
+    rso: RsoConfig = Field(RsoConfig(), description="Of method 'rso'.")
+    rest: RestConfig = Field(RestConfig(), description="Of method 'rest'.")
+    beta: PositiveFloat = Field(
+        0.1, description="Of pairs: a larger one keeps the policy closer to the reference."
+    )
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field(
+        "sigmoid", description="Loss of pairs: 'sigmoid' is DPO's."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="Assumed share of wrong labels among pairs."
+    )
 
     # Rollouts
-    online: OnlineConfig | None = None
-    rollout: RolloutConfig = RolloutConfig()
+    online: OnlineConfig | None = Field(
+        None, description="Train on what the model samples; null: offline, on the data alone."
+    )
+    rollout: RolloutConfig = Field(RolloutConfig(), description="The engine that samples.")
     judge: JudgeConfig | None = Field(
         None, description="Of the rollouts; null for the methods that ask nobody (ILF)."
     )
     eval_judge: JudgeConfig | None = Field(
         None, description="Judge of the win rate against the start; never the training judge."
     )
-    max_completion_length: PositiveInt = 256
+    max_completion_length: PositiveInt = Field(
+        256, description="Tokens of a sampled answer at most."
+    )
     # vLLM samples from no sharper policy.
-    temperature: Annotated[float, Field(ge=0.01)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = Field(1.0, description="Of sampled answers.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the most probable tokens that together have this probability."
+    )
     top_k: Annotated[int, Field(ge=0)] = Field(
         0, description="Sample from so many of the most probable tokens; 0: from all."
     )
@@ -435,32 +496,45 @@ class Config(ModelConfig):
     )
 
     # Running
-    output_dir: str
+    output_dir: str = Field(description="Folder of checkpoints, logs and result.")
     nproc_per_node: PositiveInt | Literal["auto"] = Field(
         "auto", description="Processes on this node; 'auto': one per GPU, one on a CPU."
     )
-    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="DeepSpeed's ZeRO stage; 'auto': 0 on one process, 3 on several (2 with "
+        "load_in_4bit).",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed options merged under ours."
     )
     resume_from_checkpoint: str | bool = Field(
         False, description="true: the newest whole checkpoint of output_dir; or a folder."
     )
-    logging_steps: PositiveInt = 1
-    save_steps: PositiveInt | None = None
-    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = Field(1, description="Metrics are written every so many steps.")
+    save_steps: PositiveInt | None = Field(
+        None, description="A checkpoint every so many steps; null: none but when the run is paused."
+    )
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints that are kept.")
     eval_steps: PositiveInt | Literal["round"] | None = Field(
         None,
         description="Evaluate at the start, after so many steps each, and at the end; 'round': "
         "after each epoch, online after each iteration.",
     )
-    metric_for_best_model: str | None = None
+    metric_for_best_model: str | None = Field(
+        None,
+        description="A metric of evaluations; the best model by it is kept in output_dir/best.",
+    )
     greater_is_better: bool | None = Field(
         None, description="null: unless the metric's name ends in 'loss'."
     )
-    early_stopping_patience: PositiveInt | None = None
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    profile: ProfileConfig | None = None
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations without a better one."
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",), description="Where metrics go beside output_dir/metrics.jsonl."
+    )
+    profile: ProfileConfig | None = Field(None, description="Trace some steps; null: none.")
     declared_licenses: dict[str, str] = Field(
         default_factory=dict, description="Licences of model and data, written to run.json."
     )
