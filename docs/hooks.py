@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         page = waiting.pop()
         for target in links(page.content_string, source_of(page.src_uri)):
             uri = uri_of(target)
-            if files.get_file_from_path(uri) or not (ROOT / target).is_file():
+            if uri in files.src_uris or not (ROOT / target).is_file():
                 continue  # what is not there is reported by mkdocs
             file = _file(config, uri, _shown(target), ROOT / target)
             files.append(file)

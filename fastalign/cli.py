@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
-from fastalign import __version__
+from fastalign import __version__, _compat
 from fastalign.config import (
     Config,
     ConfigError,
@@ -101,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     if options and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if "LOCAL_RANK" not in os.environ:
+        for line in _compat.outside_ranges():
+            print(f"fastalign: {line}", file=sys.stderr)
     try:
         if arguments.command == "train":
             return _train(arguments, options)
