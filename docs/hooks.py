@@ -129,7 +129,7 @@ def configuration() -> str:
     lines = [
         "# Keys of a recipe",
         "",
-        "A recipe is one YAML file of these keys, and any of them can be given on the command line:",
+        "A recipe is one YAML file of these keys; any of them can be given on the command line:",
         "`key=value`, `section.key=value`, `datasets.0.path=value`. Unknown keys are errors. This",
         "page is made from the types that check a recipe.",
         "",
@@ -207,16 +207,16 @@ def _plain_type(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if "Literal" in origin:
-        return " | ".join(str(argument) for argument in arguments)
+        return " or ".join(str(argument) for argument in arguments)
     if "Union" in origin:
-        return " | ".join(_plain_type(argument) for argument in arguments)
+        return " or ".join(_plain_type(argument) for argument in arguments)
     if "Annotated" in origin:
         return _plain_type(arguments[0])
     if "tuple" in origin:
         return f"list of {_plain_type(arguments[0])}"
     if "dict" in origin:
         return "mapping"
-    names = {str: "text", int: "integer", float: "number", bool: "true | false"}
+    names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     return names.get(annotation, "any")
 
 

@@ -1,5 +1,5 @@
-"""deploy/slurm.sbatch with commands that stand in for Slurm's, over a real run: what it does with the
-signal and the exit code."""
+"""deploy/slurm.sbatch with commands that stand in for Slurm's, over a real run: what it does with
+the signal and the exit code."""
 
 from __future__ import annotations
 
