@@ -328,7 +328,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": QWEN3_8B,
     "Qwen/Qwen3-8B-Base": QWEN3_8B,
 }
-PLANNED = re.compile(r"^# plan.*?\n(?!#)", re.S | re.M)
+PLANNED = re.compile(r"^# Planned.*?\n(?!#)", re.S | re.M)
 
 
 def planned_recipes() -> list[Path]:
@@ -349,7 +349,7 @@ def plan_of_recipe(path: Path, gpu: str = "h100") -> str:
         before = path.with_name(name.removeprefix("runs/") + ".yaml")
         name = load_config(before).model_name_or_path
     lines = [
-        "# planned for H100s of 80 GB, GiB of each, as `fastalign train RECIPE --dry-run --gpus N",
+        "# Planned for H100s of 80 GB, GiB of each, as `fastalign train RECIPE --dry-run --gpus N",
         "# --gpu h100` does from the model's config.json, by `python bench/plan.py --recipes`",
         "# (docs/plan.md):",
     ]
@@ -358,9 +358,9 @@ def plan_of_recipe(path: Path, gpu: str = "h100") -> str:
         local = override_config(config, [f"model_name_or_path={folder}"])
         planner = plan.Planner(local, plan.find_gpu(gpu, None))
         for gpus in (1, 8, 64):
-            advice = plan.advise(planner, gpus)
+            found = planner.plan(planner.config, gpus)
             who = f"{gpus} GPU{'s' if gpus > 1 else ''}"
-            text = f"{who:>7}: {_gib(advice.plan.needed)}, {_outcome(advice)}"
+            text = f"{who:>7}: {_gib(found.needed)}, {_outcome(planner, found)}"
             lines += textwrap.wrap(
                 text, 100, initial_indent="#   ", subsequent_indent="#" + 12 * " ",
                 break_long_words=False, break_on_hyphens=False,
@@ -368,15 +368,15 @@ def plan_of_recipe(path: Path, gpu: str = "h100") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _outcome(advice: Any) -> str:
-    from fastalign.plan import _words
+def _outcome(planner: Any, found: Any) -> str:
+    from fastalign.plan import _words, advise
 
-    if advice.plan.fits:
+    if found.fits:
         return "fits"
-    if not (advice.changes and advice.changes[-1].fits):
+    changes = advise(planner, found.gpus).changes
+    if not (changes and changes[-1].fits):
         return "does not fit"
-    best = advice.changes[-1]
-    return f"does not fit; {_gib(best.needed)} with {_words(best, advice.plan)}"
+    return f"does not fit; {_gib(changes[-1].needed)} with {_words(changes[-1], found)}"
 
 
 def _gib(size: int) -> str:
