@@ -27,7 +27,7 @@ FENCE = re.compile(r"^```.*?^```\s*?$", re.S | re.M)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(?=[)#])")
 # What tests/test_docs.py reads of a fence: more than the site's highlighter understands.
 NOT_RUN = re.compile(r'^(```\w+) not-run=".*"$', re.M)
-SHOWN = {".yaml": "yaml", ".py": "python", ".txt": "text", ".cff": "yaml", ".sh": "bash"}
+SHOWN = {".yaml": "yaml", ".py": "python", ".txt": "text", ".cff": "yaml", ".sbatch": "bash"}
 
 
 # ------------------------------------------------------------------------------------ the hooks
