@@ -16,6 +16,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +230,16 @@ def test_a_version_outside_its_range_is_named(name, version, said, tmp_path):
     code = "import sys; from fastalign import _compat; print(*_compat.outside_ranges(), sep='\\n')"
     lines = python(code + "; assert 'torch' not in sys.modules", tmp_path, ROOT, cwd=tmp_path)
     assert (f"{name} {version} is outside the range" in lines) == said
+
+
+def test_the_citation_names_this_version_and_both_papers():
+    import fastalign
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == fastalign.__version__
+    assert citation["license"] == PROJECT["license"]
+    papers = {paper["identifiers"][0]["value"] for paper in citation["references"]}
+    assert papers == {"arXiv:2312.14591", "arXiv:2402.11253"}
 
 
 def with_extra(requirement: Requirement, extra: str) -> Requirement:
