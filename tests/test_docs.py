@@ -155,7 +155,6 @@ def test_a_recipe_is_one(path, monkeypatch):
 
 # -------------------------------------------------------------------------------------- the site
 
-pytest.importorskip("mkdocs", reason="needs the extra [docs]")
 # What a browser fetches when it shows a page, as opposed to what a reader may click on.
 FETCHED = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src",
@@ -182,6 +181,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` builds it: a broken link or anchor fails here."""
+    pytest.importorskip("mkdocs", reason="needs the extra [docs]")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config as load
 
