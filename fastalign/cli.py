@@ -35,6 +35,7 @@ from fastalign.config import (
 )
 from fastalign.data import Kind
 from fastalign.preemption import SIGNALS, Interrupted, Stop
+from fastalign.printing import printable
 
 OK, FAILED, USAGE, PAUSED = 0, 1, 2, 75
 # How long a rank with a mistake waits for the first one to name it.
@@ -651,7 +652,7 @@ def _complain(message: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_S)
-    print(f"fastalign: {message}", file=sys.stderr, flush=True)
+    print(f"fastalign: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def _separate(passed_on: list[str]) -> tuple[list[str], list[str]]:

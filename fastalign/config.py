@@ -18,9 +18,19 @@ from typing import Annotated, Any, Literal, Union, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastalign.printing import one_line
+
+
+# Of a YAML file.
+MOST_VALUES = 100_000
+
 
 class ConfigError(ValueError):
     """A recipe, override or data problem that the user can mend: one line, exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        # It quotes files of strangers.
+        super().__init__(one_line(message))
 
 
 class _Strict(BaseModel):
@@ -654,17 +664,37 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = _load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{path}{where}: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        # 2024-13-45 is no date, and brackets may be nested too deeply.
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except Exception as error:
+        # 2024-13-45 is no date, brackets may be nested too deeply, and what a tag like !!int does
+        # not fit raises errors of all kinds.
+        raise ConfigError(f"{path}: not YAML: {error or type(error).__name__}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of keys to values")
+    return tree
+
+
+def _load_yaml(text: str) -> Any:
+    """
+    Raises:
+        ValueError: it is larger than any recipe, once what its aliases repeat is written out, which
+            may be without end.
+        Exception: it is no YAML.
+    """
+    tree = yaml.safe_load(text)
+    seen, waiting = 0, [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple | set):
+            seen += 1 + len(value)
+            if seen > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values, with what aliases repeat")
+            waiting += [*value, *value.values()] if isinstance(value, dict) else value
     return tree
 
 
@@ -684,8 +714,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override is written key.sub=value")
     try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        parsed = _load_yaml(value)
+    except Exception:  # see read_yaml
         raise ConfigError(f"{override!r}: the value is not YAML") from None
     if isinstance(parsed, str) and _EXPONENT.fullmatch(value.strip()):
         # YAML reads 5e-6 as text (it wants 5.0e-6); a number is meant.

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from fastalign.config import Config, ConfigError
+from fastalign.printing import printable
 
 
 class Tracker:
@@ -50,7 +51,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line for the person who runs it."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     def start(self, step: int) -> None:
         """Go on from ``step``: what an interrupted run logged behind it will be logged again."""
