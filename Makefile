@@ -10,6 +10,7 @@ PIP_ARGS ?=
 SEED ?= 0
 WORKERS ?= 2
 RUNS ?= 1000000
+INPUTS ?= 10000
 KILLS ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +42,7 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test test-sanitize fuzz faults bench gpu demo clean
+.PHONY: help .venv build lint format test test-sanitize fuzz fuzz-data faults bench gpu demo clean
 
 help: ## Show this help
 	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,8 +55,9 @@ help: ## Show this help
 	@echo '  SEED        of the demonstration [$(SEED)]'
 	@echo '  WORKERS     processes that the tests are spread over [$(WORKERS)]'
 	@echo '  RUNS        inputs of fuzz [$(RUNS)]'
+	@echo '  INPUTS      of fuzz-data, of each kind [$(INPUTS)]'
 	@echo '  KILLS       of faults, for each combination [$(KILLS)]'
-	@echo '  ONLY        of faults: these combinations [all]'
+	@echo '  ONLY        of faults: these combinations; of fuzz-data: these kinds [all]'
 	@echo '  PART        of gpu: kernels, bench, train or sanitize [all]'
 	@echo '  WHEELS      folder of wheels that gpu uses beside what is installed'
 	@echo '  OUT         folder for the results of gpu [bench/results]'
@@ -143,6 +145,9 @@ fuzz: .venv ## Fuzz the reader of the episode store's journal with RUNS inputs
 	build/fuzz/journal_seeds build/fuzz/corpus
 	build/fuzz/journal_fuzz -runs=$(RUNS) -max_len=4096 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
 		build/fuzz/corpus
+
+fuzz-data: .venv ## Give every reader INPUTS malformed inputs of each kind
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs $(INPUTS) $(if $(ONLY),--only $(ONLY))
 
 faults: .venv ## Kill runs KILLS times for each method, engine and number of ranks, and resume them
 	$(BIN)/python tests/faults.py --kills $(KILLS) $(if $(ONLY),--only $(ONLY))

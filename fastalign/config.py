@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastalign.printing import one_line
 
-
 # Of a YAML file.
 MOST_VALUES = 100_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -270,9 +271,12 @@ class Endpoint:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)
+                paid = [float(row[name]) for name in ("prompt_tokens", "completion_tokens", "cost")]
+                if not all(0 <= number < math.inf for number in paid):
+                    raise ValueError
                 self._texts[row["hash"]] = str(row["text"])
                 self.spent.add(row)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 raise ConfigError(
                     f"{self._path}:{number}: not a reply as FastAlign keeps them: remove the line"
                 ) from None

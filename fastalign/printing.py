@@ -31,3 +31,12 @@ def short(value: Any, limit: int = 60) -> str:
     """The beginning of how Python writes a value."""
     text = repr(value[:limit] if isinstance(value, str) else value)
     return text if len(text) <= limit + 2 else text[:limit] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a library's error says, behind its name where it is one that readers
+    of files do not usually raise."""
+    name = type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), name).rstrip()
+    usual = isinstance(error, OSError | ValueError | ImportError) or line == name
+    return line if usual else f"{name}: {line}"

@@ -57,12 +57,7 @@ class Tracker:
         """Go on from ``step``: what an interrupted run logged behind it will be logged again."""
         self.first_step = step
         if self.active:
-            kept = []
-            if step and self._path.is_file():
-                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                # A line that a killed run did not finish has no end.
-                whole = [line for line in lines if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = self._logged(step) if step and self._path.is_file() else []
             self._file = self._path.open("w", encoding="utf-8")
             self._file.writelines(kept)
         if self.active and sys.stderr.isatty():
@@ -71,6 +66,25 @@ class Tracker:
                 "train", total=self.total_steps, completed=step, phase="start", figures=""
             )
             self._bar.start()
+
+    def _logged(self, step: int) -> list[str]:
+        """The lines of the steps up to this one."""
+        kept, foreign = [], 0
+        # What a killed run did not finish has no end, and is the last.
+        for line in self._path.read_bytes().split(b"\n")[:-1]:
+            try:
+                text = line.decode("utf-8")
+                row = json.loads(text)
+                if not isinstance(row["step"], int):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, RecursionError):
+                foreign += 1
+                continue
+            if row["step"] <= step:
+                kept.append(f"{text}\n")
+        if foreign:
+            self.say(f"{self._path}: {foreign} lines are no metrics, and are left out")
+        return kept
 
     def phase(self, name: str) -> None:
         if self._bar is not None:
