@@ -45,7 +45,7 @@ KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/
 .PHONY: help .venv build lint format test test-sanitize fuzz fuzz-data faults bench gpu demo clean
 
 help: ## Show this help
-	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'Variables (make NAME=value target):'
 	@echo '  PYTHON      the Python (3.11 or newer) that .venv is made from [$(PYTHON)]'

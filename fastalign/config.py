@@ -601,10 +601,26 @@ def _check_judge(key: str, who: JudgeConfig) -> None:
             f"{key}.temperature = {who.temperature}: a local model samples at 0 or at least 0.01"
         )
     server = who.endpoint
+    if server is not None:
+        _check_no_secret(key, server)
     if server is not None and server.max_cost is not None and not server.priced:
         raise ValueError(
             f"{key}.endpoint.max_cost = {server.max_cost}: it needs input_cost_per_million or "
             "output_cost_per_million"
+        )
+
+
+def _check_no_secret(key: str, server: EndpointConfig) -> None:
+    """What a recipe says is logged, kept and published."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", server.api_key_env):
+        raise ValueError(
+            f"{key}.endpoint.api_key_env is no name of an environment variable: name the one that "
+            "holds the key, not the key itself"
+        )
+    if "@" in server.base_url.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            f"{key}.endpoint.base_url holds a user or password, which would be in every log: put "
+            "it into the environment variable that api_key_env names"
         )
 
 

@@ -195,8 +195,15 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         )
     except Exception as error:  # transformers looks into whatever the file holds
         raise ConfigError(
-            f"model_name_or_path = {config.model_name_or_path!r}: {reason(error)}"
+            f"model_name_or_path = {config.model_name_or_path!r}: {_refusal(error)}"
         ) from None
+
+
+def _refusal(error: Exception) -> str:
+    """Why a model could not be read."""
+    if "trust_remote_code" in str(error):
+        return "brings code of its own, which runs with trust_remote_code: true alone"
+    return reason(error)
 
 
 def context_length(config: ModelConfig) -> int:
@@ -207,14 +214,15 @@ def context_length(config: ModelConfig) -> int:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
-    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+    about = [os.path.isfile(Path(name, f"{what}.json")) for what in ("adapter_config", "config")]
+    if about == [True, False]:
         base = adapter_config(name).base_model_name_or_path
         raise ConfigError(
             f"model_name_or_path = {name!r}: an adapter; set adapter_name_or_path to it and "
             f"model_name_or_path to its base, {base}"
         )
     # A hub name is ``name`` or ``owner/name``; everything else was meant as a folder.
-    if not Path(name).exists() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
+    if not os.path.exists(name) and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
         raise ConfigError(f"model_name_or_path = {name!r}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -228,7 +236,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # so do the libraries of tokenizers
         raise ConfigError(
             f"model_name_or_path = {config.model_name_or_path!r}: no tokenizer could be loaded: "
-            f"{reason(error)}"
+            f"{_refusal(error)}"
         ) from None
 
 
@@ -639,7 +647,7 @@ def _load_causal_lm(
         # What lacks a package is the attention that was asked for, if one was.
         lacks = isinstance(error, ImportError) and config.attn_implementation
         key = "attn_implementation" if lacks else "model_name_or_path"
-        raise ConfigError(f"{key} = {getattr(config, key)!r}: {reason(error)}") from None
+        raise ConfigError(f"{key} = {getattr(config, key)!r}: {_refusal(error)}") from None
     finally:
         if context is not None:
             del context
@@ -840,7 +848,7 @@ def load_generation_config(config: ModelConfig) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(name, revision=config.model_revision)
     except Exception as error:  # see load_model_config
-        if isinstance(error, OSError) and not Path(name, "generation_config.json").exists():
+        if isinstance(error, OSError) and not os.path.exists(Path(name, "generation_config.json")):
             return GenerationConfig()
         raise ConfigError(
             f"model_name_or_path = {name!r}: generation_config.json: {reason(error)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def load_object(path: str, key: str) -> Any:
 
 def _load_file(file: str) -> Any:
     path = Path(file).resolve()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(file)
     # Files of one name in several folders are several modules; each is run once, as importing
     # does, so that a judge keeps its state and does not change under a run.

@@ -12,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -933,7 +933,7 @@ def load_template(name: str | None) -> Template:
         return TEMPLATES["chat"]
     if name in TEMPLATES:
         return TEMPLATES[name]
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise ConfigError(
             f"template {name!r} is neither a file nor one of {', '.join(map(repr, TEMPLATES))}"
         )
