@@ -361,18 +361,18 @@ def edges(kind: str, renderer: Renderer) -> list[dict]:
         return [
             *rows("judged", 3),
             # One token of an answer, which was cut there; fine and criticised.
-            short | {"completion": "the", "token_ids": token(renderer, "the"), "judgment": None},
-            short | {"completion": "is", "token_ids": token(renderer, "is"), "judgment": "Bad."},
+            short | {"completion": "x", "token_ids": token(renderer, "x"), "judgment": None},
+            short | {"completion": "y", "token_ids": token(renderer, "y"), "judgment": "Bad."},
             {"prompt": LONG_TEXT, "completion": "two", "judgment": None},
             {"prompt": "one", "completion": "", "judgment": None},
             # The answer fits behind the prompt, and not behind the judgment.
             {"prompt": "one", "completion": "two", "judgment": LONG_TEXT},
         ]
     if kind == "preference":
-        ids = {"chosen_ids": token(renderer, "the"), "rejected_ids": token(renderer, "is")}
+        ids = {"chosen_ids": token(renderer, "x"), "rejected_ids": token(renderer, "y")}
         return [
             *rows("preference", 4),
-            short | {"chosen": "the", "rejected": "is"} | ids,
+            short | {"chosen": "x", "rejected": "y"} | ids,
             {"prompt": LONG_TEXT, "chosen": "two", "rejected": "three"},
             {"prompt": "one", "chosen": "", "rejected": "three"},
             {"prompt": "one", "chosen": "two", "rejected": "two"},
@@ -424,3 +424,4 @@ def test_records_at_the_edges_are_trained_on_or_counted(
     for reason in reasons:
         assert re.search(rf"dropped \d x {re.escape(reason)}", said), (reason, said)
     assert "no step" not in said
+    assert kind == "messages" or re.search("[12] answers are trained on as they were sampl", said)
