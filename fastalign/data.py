@@ -423,7 +423,8 @@ def _read_lines(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]] | 
                 continue
             source = f"{name}:{number}"
             try:
-                yield _checked_row(source, json.loads(line.decode("utf-8")))
+                text = line.decode("utf-8").rstrip("\r\n")
+                yield _checked_row(source, json.loads(text))
             except UnicodeDecodeError as error:
                 message = f"{source}: not UTF-8 at byte {error.start + 1} of the line"
                 yield RowError(f"{message}: save the file as UTF-8", "not UTF-8")

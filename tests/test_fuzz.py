@@ -102,6 +102,12 @@ def test_what_nobody_looks_into_is_looked_at(tmp_path, rest, says):
     assert sum(report.dropped.values()) == 1
 
 
+def test_a_line_that_is_cut_off_is_named_where_it_ends(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"prompt": "q"\r\n')
+    assert refused(load, path) == f"{path}:1: not JSON: Expecting ',' delimiter at column 15"
+
+
 @pytest.mark.parametrize(
     "message, says",
     [
