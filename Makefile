@@ -10,6 +10,8 @@ PIP_ARGS ?=
 SEED ?= 0
 WORKERS ?= 2
 RUNS ?= 1000000
+INPUTS ?= 10000
+AUDIT_ARGS ?=
 KILLS ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,10 +45,10 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*)
 # Run once in torch and once in Triton's interpreter.
 KERNEL_TESTS := tests/test_linear_logprob.py tests/test_logits_logprob.py tests/test_loss_ops.py
 
-.PHONY: help .venv build lint format test test-sanitize fuzz faults soak bench gpu demo docs clean
+.PHONY: help .venv build lint format test test-sanitize fuzz fuzz-data audit faults soak bench gpu demo docs clean
 
 help: ## Show this help
-	@grep -E '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo 'Variables (make NAME=value target):'
 	@echo '  PYTHON      the Python (3.11 or newer) that .venv is made from [$(PYTHON)]'
@@ -56,8 +58,10 @@ help: ## Show this help
 	@echo '  SEED        of the demonstration [$(SEED)]'
 	@echo '  WORKERS     processes that the tests are spread over [$(WORKERS)]'
 	@echo '  RUNS        inputs of fuzz [$(RUNS)]'
+	@echo '  INPUTS      of fuzz-data, of each kind [$(INPUTS)]'
+	@echo '  AUDIT_ARGS  options of pip-audit for audit [$(AUDIT_ARGS)]'
 	@echo '  KILLS       of faults, for each combination [$(KILLS)]'
-	@echo '  ONLY        of faults: these combinations [all]'
+	@echo '  ONLY        of faults: these combinations; of fuzz-data: these kinds [all]'
 	@echo '  PART        of gpu: kernels, bench, train or sanitize [all]'
 	@echo '  WHEELS      folder of wheels that gpu uses beside what is installed'
 	@echo '  OUT         folder for the results of gpu [bench/results]'
@@ -145,6 +149,17 @@ fuzz: .venv ## Fuzz the reader of the episode store's journal with RUNS inputs
 	build/fuzz/journal_seeds build/fuzz/corpus
 	build/fuzz/journal_fuzz -runs=$(RUNS) -max_len=4096 -print_final_stats=1 -artifact_prefix=build/fuzz/ \
 		build/fuzz/corpus
+
+fuzz-data: .venv ## Give every reader INPUTS malformed inputs of each kind
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs $(INPUTS) $(if $(ONLY),--only $(ONLY))
+
+# The tool lives apart, so that it is not what it looks at. A local build's version (2.13.0+cpu) is
+# known without its ending; --strict: what the service does not know is no pass.
+audit: .venv ## Ask PyPI for known vulnerabilities of all that is installed
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+		build/audit/bin/python -m pip install $(PIP_ARGS) --quiet 'pip-audit>=2.10,<3'; }
+	$(BIN)/python -m pip freeze --all --exclude-editable | sed -E '/ @ /d; s/\+.*//' > build/audit/installed
+	build/audit/bin/pip-audit -r build/audit/installed --no-deps --disable-pip --strict $(AUDIT_ARGS)
 
 faults: .venv ## Kill runs KILLS times for each method, engine and number of ranks, and resume them
 	$(BIN)/python tests/faults.py --kills $(KILLS) $(if $(ONLY),--only $(ONLY))

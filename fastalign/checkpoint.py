@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fastalign.config import Config, ConfigError, dump_config, parse_config
+from fastalign.config import Config, ConfigError, dump_config, parse_config, read_yaml
 from fastalign.data import Example, Stream
 from fastalign.episodes import forget_journals
 from fastalign.model import BASE_KEY, NF4, POLICY, TrainedModel, full_shape
@@ -324,9 +325,12 @@ def damage(path: Path) -> str:
         files = dict(manifest["files"])
         if manifest["sha256"] != _hash_of(files):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not as it was written"
-    broken = []
+    # What is read is found by its name, by us and by DeepSpeed; a hidden file is nobody's.
+    names = [name for name in _files(path) if not Path(name).name.startswith(".")]
+    broken = [f"{name} was not written with it" for name in names if name not in files]
+    broken = broken if dist.get_rank() == 0 else []
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         try:
             if _hash(path / name) != files[name]:
@@ -353,17 +357,70 @@ def _tidy(output_dir: Path) -> None:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints that were written to their end, oldest first."""
     found = [p for p in output_dir.glob(f"{PREFIX}*") if (p / MANIFEST).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    numbered = [p for p in found if re.fullmatch(r"[0-9]{1,18}", p.name.removeprefix(PREFIX))]
+    return sorted(numbered, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds beside tensors."""
+
+    recipe: Config
+    layout: dict[str, int]
+    identity: dict[str, Any]
+    position: Position
+    pending: Pending
+
+
+def read_saved(path: Path) -> Saved:
+    """What a whole checkpoint holds beside tensors.
+
+    Raises:
+        ConfigError: a file is not as this version writes it.
+    """
+    try:
+        name = "recipe.yaml"
+        recipe = parse_config(read_yaml(path / name, "recipe"), str(path / name))
+        name = "layout.json"
+        layout = {key: int(_read_json(path / name)[key]) for key in ("processes", "zero_stage")}
+        name = "identity.json"
+        identity = dict(_read_json(path / name))
+        name = "position.json"
+        position = _position(path)
+        name = "pending.npz"
+        examples = load_examples(path / name) if (path / name).is_file() else ()
+        name = "ahead.json"
+        ahead = _ahead(_read_json(path / name)) if (path / name).is_file() else None
+    except ConfigError as error:
+        raise ConfigError(f"resume_from_checkpoint: {error}") from None
+    except Exception as error:
+        # It is as it was written, so that another version has written it.
+        raise ConfigError(
+            f"resume_from_checkpoint: {path / name} is not as this version of FastAlign writes it: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    return Saved(recipe, layout, identity, position, Pending(examples, ahead))
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _ahead(tree: dict[str, Any]) -> Ahead:
+    ahead = Ahead(**tree)
+    if not all(type(n) is int for n in (ahead.round, ahead.weights_round)) or not isinstance(
+        ahead.call, dict
+    ):
+        raise TypeError("want numbers of rounds and a call")
+    return ahead
 
 
 def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
     """Put a run back where :func:`save_checkpoint` left it; collective."""
-    import yaml
-
     model = run.model
-    saved = parse_config(yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")))
-    _check_same_run(saved, run.config, path)
-    layout = json.loads((path / "layout.json").read_text(encoding="utf-8"))
+    saved = read_saved(path)
+    _check_same_run(saved.recipe, run.config, path)
+    layout = saved.layout
     here = {"processes": dist.get_world_size(), "zero_stage": model.zero_stage}
     if layout["zero_stage"] != model.zero_stage:
         raise ConfigError(
@@ -377,9 +434,8 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
             f"these are {here['processes']}: bfloat16 and online.fresh_adapter need as many; set "
             f"nproc_per_node = {layout['processes']}"
         )
-    identity = json.loads((path / "identity.json").read_text(encoding="utf-8"))
     # Rank 0 hashed them.
-    _check_same_content(identity, _gather(run.identity)[0], path)
+    _check_same_content(saved.identity, _gather(run.identity)[0], path)
     if layout == here or model.zero_stage == 0:
         _load_state(model, path)
     else:
@@ -392,10 +448,9 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
     # A rank that there was not has the random numbers of a fresh run.
     if random_state.is_file():
         _restore_random_state(random_state)
-    position = _position(path)
-    if position.references:
+    if saved.position.references:
         model.load_reference(load_file(path / REFERENCE_FILE))
-    return position, _load_pending(path)
+    return saved.position, saved.pending
 
 
 def _check_same_content(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -408,14 +463,6 @@ def _check_same_content(saved: dict[str, Any], now: dict[str, Any], path: Path) 
                 f"{str(old)[:12]} then, {str(new)[:12]} now; put them back or start afresh in "
                 "another output_dir"
             )
-
-
-def _load_pending(path: Path) -> Pending:
-    examples, ahead = path / "pending.npz", path / "ahead.json"
-    return Pending(
-        load_examples(examples) if examples.is_file() else (),
-        Ahead(**json.loads(ahead.read_text(encoding="utf-8"))) if ahead.is_file() else None,
-    )
 
 
 def save_start(model: TrainedModel, output_dir: str) -> None:
@@ -634,7 +681,20 @@ def forget_old(config: Config) -> None:
 
 
 def _position(path: Path) -> Position:
-    return Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
+    """
+    Raises:
+        OSError, ValueError, TypeError: it is not as it was written.
+    """
+    position = Position(**_read_json(path / "position.json"))
+    for name, value in vars(position).items():
+        usual = getattr(Position(), name)
+        if usual is None:
+            right = value is None or type(value) is float
+        else:
+            right = type(value) is type(usual) and value >= 0
+        if not right:
+            raise ValueError(f"{name} = {value!r}")
+    return position
 
 
 def _save_random_state(path: Path) -> None:

@@ -21,6 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastalign.errors import ConfigError as ConfigError
 
+# Of a YAML file.
+MOST_VALUES = 100_000
+
 
 class Strict(BaseModel):
     """A section of a recipe: its keys and no others."""
@@ -680,10 +683,26 @@ def _check_judge(key: str, who: JudgeConfig) -> None:
             f"{key}.temperature = {who.temperature}: a local model samples at 0 or at least 0.01"
         )
     server = who.endpoint
+    if server is not None:
+        _check_no_secret(key, server)
     if server is not None and server.max_cost is not None and not server.priced:
         raise ValueError(
             f"{key}.endpoint.max_cost = {server.max_cost}: it needs input_cost_per_million or "
             "output_cost_per_million"
+        )
+
+
+def _check_no_secret(key: str, server: EndpointConfig) -> None:
+    """What a recipe says is logged, kept and published."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", server.api_key_env):
+        raise ValueError(
+            f"{key}.endpoint.api_key_env is no name of an environment variable: name the one that "
+            "holds the key, not the key itself"
+        )
+    if "@" in server.base_url.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            f"{key}.endpoint.base_url holds a user or password, which would be in every log: put "
+            "it into the environment variable that api_key_env names"
         )
 
 
@@ -761,17 +780,37 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = _load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise ConfigError(f"{path}{where}: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        # 2024-13-45 is no date, and brackets may be nested too deeply.
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except Exception as error:
+        # 2024-13-45 is no date, brackets may be nested too deeply, and what a tag like !!int does
+        # not fit raises errors of all kinds.
+        raise ConfigError(f"{path}: not YAML: {error or type(error).__name__}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of keys to values")
+    return tree
+
+
+def _load_yaml(text: str) -> Any:
+    """
+    Raises:
+        ValueError: it is larger than any recipe, once what its aliases repeat is written out, which
+            may be without end.
+        Exception: it is no YAML.
+    """
+    tree = yaml.safe_load(text)
+    seen, waiting = 0, [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple | set):
+            seen += 1 + len(value)
+            if seen > MOST_VALUES:
+                raise ValueError(f"more than {MOST_VALUES} values, with what aliases repeat")
+            waiting += [*value, *value.values()] if isinstance(value, dict) else value
     return tree
 
 
@@ -791,8 +830,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"{override!r}: an override is written key.sub=value")
     try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        parsed = _load_yaml(value)
+    except Exception:  # see read_yaml
         raise ConfigError(f"{override!r}: the value is not YAML") from None
     if isinstance(parsed, str) and _EXPONENT.fullmatch(value.strip()):
         # YAML reads 5e-6 as text (it wants 5.0e-6); a number is meant.

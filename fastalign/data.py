@@ -45,6 +45,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastalign.config import ConfigError, DatasetConfig
+from fastalign.printing import short
 
 Kind = Literal["prompt", "completion", "judged", "preference", "messages"]
 Message = dict[str, Any]
@@ -55,6 +56,8 @@ COLUMNS = (
     "chosen_ids", "rejected_ids", "comparisons",
 )  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Objects and lists inside each other in a row.
+DEEPEST = 64
 FINE_SCORE = 7.0
 """A ``score`` of at least this makes a judged record positive, whatever its judgment (CUT)."""
 
@@ -378,17 +381,18 @@ def _summary(drops: Drops) -> str:
 def _read_rows(dataset: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]] | RowError]:
     """Yield (source, row) or the error of a row that could not be read."""
     path = Path(os.path.expanduser(dataset.path))
-    if path.is_file():
-        try:
+    try:
+        is_file = path.is_file()
+        if is_file:
             yield from _read_file(path, dataset.path)
-        except OSError as error:
-            raise ConfigError(
-                f"{dataset.path}: cannot be read: {error.strerror or error}"
-            ) from None
-    elif not path.is_dir() and _looks_local(dataset.path):
+    except OSError as error:
+        problem = error.strerror or str(error).partition("\n")[0]
+        raise ConfigError(f"{dataset.path}: cannot be read: {problem}") from None
+    if is_file:
+        return
+    if not path.is_dir() and _looks_local(dataset.path):
         raise ConfigError(f"{dataset.path}: no such file")
-    else:
-        yield from _read_hub(dataset)
+    yield from _read_hub(dataset)
 
 
 def _looks_local(name: str) -> bool:
@@ -419,7 +423,8 @@ def _read_lines(path: Path, name: str) -> Iterator[tuple[str, dict[str, Any]] | 
                 continue
             source = f"{name}:{number}"
             try:
-                yield _checked_row(source, json.loads(line.decode("utf-8")))
+                text = line.decode("utf-8").rstrip("\r\n")
+                yield _checked_row(source, json.loads(text))
             except UnicodeDecodeError as error:
                 message = f"{source}: not UTF-8 at byte {error.start + 1} of the line"
                 yield RowError(f"{message}: save the file as UTF-8", "not UTF-8")
@@ -482,10 +487,28 @@ def _read_hub(dataset: DatasetConfig) -> Iterator[tuple[str, dict[str, Any]] | R
 
 def _checked_row(source: str, value: Any) -> tuple[str, dict[str, Any]] | RowError:
     if isinstance(value, dict):
+        if _too_deep(value):
+            message = f"{source}: want at most {DEEPEST} objects and lists inside each other"
+            return RowError(message, "nested too deeply")
         return source, value
     return RowError(
-        f"{source}: value {_short(value)}: a row is an object of columns", "not an object"
+        f"{source}: value {short(value)}: a row is an object of columns", "not an object"
     )
+
+
+def _too_deep(value: Any) -> bool:
+    """Deeper than anything that people write, and than what walks through a row could follow."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for above in level
+            for item in (above.values() if isinstance(above, dict) else above)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 # --- rows of several completions ---------------------------------------------------------------
@@ -754,8 +777,15 @@ def _check_renames(dataset: DatasetConfig, found: tuple[str, ...]) -> None:
         if theirs not in found:
             raise ConfigError(
                 f"{dataset.path}: columns says that {ours!r} is {theirs!r}, which no row has: "
-                f"the file has {', '.join(found)}"
+                f"the file has {_listed(found)}"
             )
+
+
+def _listed(columns: tuple[str, ...], limit: int = 40) -> str:
+    """Names of a file's columns, which may be any texts."""
+    shown = [name if len(name) <= limit else f"{name[:limit]}..." for name in columns[:limit]]
+    more = len(columns) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def _rename(values: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -779,7 +809,7 @@ def _choose_kind(
             return possible[0], possible[0]
         # Worded as the alternatives, since nothing says which of them was meant.
         needed = "; or ".join(" + ".join(needs) for needs in _NEEDS.values())
-        raise ConfigError(f"{path}: has columns {', '.join(found)}: needed are {needed}")
+        raise ConfigError(f"{path}: has columns {_listed(found)}: needed are {needed}")
     for target in targets:
         if target in possible:
             # Read as judged so that criticised answers are not imitated.
@@ -791,7 +821,7 @@ def _choose_kind(
                 return kind, target
     needed = "; or ".join(" + ".join(_NEEDS[target]) for target in targets)
     raise ConfigError(
-        f"{path}: has columns {', '.join(found)}: this method needs {needed} "
+        f"{path}: has columns {_listed(found)}: this method needs {needed} "
         "(the dataset's `columns` setting renames)"
     )
 
@@ -811,15 +841,8 @@ class _Row:
         return self.values.get(name)
 
     def error(self, name: str, value: Any, right: str, reason: str) -> RowError:
-        message = f"{self.source}: field {name}: value {_short(value)}: {right}"
+        message = f"{self.source}: field {name}: value {short(value)}: {right}"
         return RowError(message, f"{name.partition('[')[0]}: {reason}")
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value[:limit] if isinstance(value, str) else value)
-    # A lone surrogate would make the message itself unprintable.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= limit + 2 else text[:limit] + "..."
 
 
 def _record(row: _Row, kind: Kind, dataset: int) -> Record:
@@ -914,7 +937,9 @@ def _tools(row: _Row) -> tuple[dict[str, Any], ...] | None:
         parsed = _without_none(value)
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise row.error("tools", value, "want a list of objects", "wrong type")
-    return tuple(parsed) or None
+    if _too_deep(parsed):
+        raise row.error("tools", value, f"want at most {DEEPEST} levels", "nested too deeply")
+    return tuple(_plain(row, "tools", parsed)) or None
 
 
 def _without_none(value: Any) -> Any:
@@ -922,6 +947,17 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_none(item) for name, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(row: _Row, name: str, value: Any) -> Any:
+    """What nobody looks into, as JSON has it: in Parquet it may hold a date."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        right = "holds half of a surrogate pair, which is no text"
+        raise row.error(name, value, right, "not text") from None
+    return json.loads(text)
 
 
 def _messages(row: _Row, name: str, value: Any) -> tuple[Message, ...]:
@@ -941,11 +977,16 @@ def _message(row: _Row, name: str, value: Any, *, empty_answer: bool) -> Message
     if not isinstance(value, dict):
         raise row.error(name, value, 'want {"role": ..., "content": ...}', "wrong type")
     message = {key: item for key, item in value.items() if item is not None}
+    others = {key: item for key, item in message.items() if key not in ("role", "content")}
+    if others:
+        message |= _plain(row, name, others)
     role = message.get("role")
     if role not in ROLES:
         raise row.error(f"{name}.role", role, f"want one of {', '.join(ROLES)}", "unknown role")
     calls = message.get("tool_calls")
     if calls is not None:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise row.error(f"{name}.tool_calls", calls, "want a list of objects", "wrong type")
         message["tool_calls"] = _without_none(calls)
     if not isinstance(message.get("loss", True), bool):
         raise row.error(f"{name}.loss", message["loss"], "want true or false", "wrong type")

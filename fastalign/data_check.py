@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from fastalign.data import (
     SourceReport,
     load_records,
 )
+from fastalign.printing import printable
 
 if TYPE_CHECKING:
     from fastalign.templates import Renderer
@@ -528,17 +528,3 @@ def _shortened(text: str) -> str:
         return text
     half = SHOWN_CHARACTERS // 2
     return f"{text[:half]} ... {len(text) - 2 * half} characters ... {text[-half:]}"
-
-
-def printable(text: str) -> str:
-    """Text of strangers for a terminal: what would steer it, or reorder a line, is written out."""
-
-    def written(character: str) -> str:
-        steers = unicodedata.category(character) == "Cc" and character not in "\n\t"
-        reorders = unicodedata.bidirectional(character) in _REORDERING
-        return character.encode("unicode_escape").decode() if steers or reorders else character
-
-    return "".join(map(written, text))
-
-
-_REORDERING = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")

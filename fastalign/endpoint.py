@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,11 @@ class Endpoint:
         self._where = f"{key}.endpoint: {config.base_url}, model {config.model!r}"
         self._key = key
         self._openai = openai
+        self._secret = os.environ.get(config.api_key_env, "")
         self._client = openai.OpenAI(
             base_url=config.base_url,
             # Servers of one's own take any key, and the client insists on one.
-            api_key=os.environ.get(config.api_key_env) or "none",
+            api_key=self._secret or "none",
             max_retries=config.max_retries,
             timeout=config.timeout_s,
         )
@@ -181,7 +183,7 @@ class Endpoint:
             self._openai.PermissionDeniedError,
             self._openai.NotFoundError,
         ) as error:
-            raise ConfigError(f"{self._where} refuses: {_line(error)}") from None
+            raise ConfigError(f"{self._where} refuses: {self._line(error)}") from None
         except (self._openai.OpenAIError, ValueError) as error:
             # The client lets the error of a body that is not JSON through.
             return error
@@ -229,9 +231,17 @@ class Endpoint:
 
     def _reply(self, name: str, failures: Mapping[str, Exception]) -> Reply:
         if name in failures:
-            return Reply(None, _line(failures[name]))
+            return Reply(None, self._line(failures[name]))
         text = self._texts[name]
         return Reply(text) if text.strip() else Reply(None, "the reply is empty")
+
+    def _line(self, error: Exception) -> str:
+        """An error of the server's in one line that is not too long, without the key, which some
+        servers repeat."""
+        text = " ".join(str(error).split())
+        if self._secret:
+            text = text.replace(self._secret, "***")
+        return text if len(text) <= 300 else text[:300] + "..."
 
     # --- the file ---
 
@@ -270,19 +280,16 @@ class Endpoint:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)
+                paid = [float(row[name]) for name in ("prompt_tokens", "completion_tokens", "cost")]
+                if not all(0 <= number < math.inf for number in paid):
+                    raise ValueError
                 self._texts[row["hash"]] = str(row["text"])
                 self.spent.add(row)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 raise ConfigError(
                     f"{self._path}:{number}: not a reply as FastAlign keeps them: remove the line"
                 ) from None
             self.spent.requests += 1
-
-
-def _line(error: Exception) -> str:
-    """An error of the server's in one line that is not too long."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _rank() -> int:

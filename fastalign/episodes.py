@@ -241,7 +241,8 @@ def forget_journals(output_dir: str, first: int) -> None:
     """Remove all ranks' journals and verdicts of the rounds before round ``first``."""
     for suffix in ("journal", "verdicts"):
         for path in Path(output_dir, LOG).glob(f"*-*.{suffix}"):
-            if int(path.name.partition("-")[0]) < first:
+            number = path.name.partition("-")[0]
+            if number.isdecimal() and int(number) < first:
                 path.unlink()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from fastalign import __version__
 from fastalign.config import ConfigError, DatasetConfig, JudgeConfig, ModelConfig
@@ -210,7 +211,8 @@ def _principles_table(found: Quality) -> Table:
         rest = [number(estimates[name]) for name in ("abstained", "flipped", "mass")]
         accuracy = estimates["accuracy"]
         count = f"{accuracy.count:,}"
-        table.add_row(principle, number(accuracy), _interval(accuracy), *rest, count)
+        # As text: its brackets are no markup.
+        table.add_row(Text(principle), number(accuracy), _interval(accuracy), *rest, count)
     return table
 
 

@@ -148,7 +148,16 @@ class Evaluator:
         if step == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({e.index: e.texts[0] for e in episodes}), encoding="utf-8")
-        return {int(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        try:
+            start = {int(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+            if not all(isinstance(start[e.index], str) for e in episodes):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ConfigError(
+                f"output_dir: {path} does not hold the answers of the start as they were written: "
+                "evaluate from the first step, in another output_dir"
+            ) from None
+        return start
 
     def _win_rate(self, episodes: Sequence[Episode], start: dict[int, str]) -> Metrics:
         """Share of wins against the start's answers, a tie counting half."""

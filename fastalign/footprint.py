@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
-from fastalign.model import REFERENCE, adapt
+from fastalign.model import REFERENCE, adapt, load_model_config
 from fastalign.quantization import BLOCK, lay_out_nf4, scales_of
 from fastalign_kernels.reference import (
     CHUNK_BYTES,
@@ -123,23 +123,6 @@ class Footprint:
                 f"so that there is no plan for it: {reason}"
             ) from None
         return live.most
-
-
-def load_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's own configuration.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return AutoConfig.from_pretrained(
-            config.model_name_or_path,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"model_name_or_path = {config.model_name_or_path!r}: {reason}") from None
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

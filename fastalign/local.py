@@ -23,6 +23,7 @@ from fastalign.model import (
     resolve_dtype,
     with_adapters_base,
 )
+from fastalign.printing import reason
 from fastalign.rollout import EngineError, RolloutEngine, make_engine
 from fastalign.templates import Renderer
 
@@ -98,7 +99,10 @@ def open_model(
     )
     try:
         if held is not None:
-            tensors = load_peft_weights(path, device="cpu")
+            try:
+                tensors = load_peft_weights(path, device="cpu")
+            except Exception as error:  # of all kinds where its files are damaged
+                raise ConfigError(f"adapter_name_or_path = {path!r}: {reason(error)}") from None
             try:
                 engine.load_adapter(POLICY, tensors, held.to_dict(), 0)
             except EngineError as error:

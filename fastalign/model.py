@@ -24,13 +24,14 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
@@ -39,6 +40,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from fastalign.attention import leave_uncompiled
 from fastalign.config import Config, ConfigError, ModelConfig, check_4bit
 from fastalign.logprobs import Policy
+from fastalign.printing import reason
 from fastalign.quantization import import_bitsandbytes, load_nf4, scales_of
 
 if not torch.cuda.is_available():
@@ -136,12 +138,19 @@ def with_adapters_base(config: AnyConfig) -> AnyConfig:
 
 
 def trained_on_nf4(adapter: str) -> bool:
-    """Whether the folder of an adapter says so; other trainers, and the hub's, say nothing."""
+    """Whether the folder of an adapter says so; other trainers, and the hub's, say nothing.
+
+    Raises:
+        ConfigError: its weights cannot be read.
+    """
     file = Path(adapter, "adapter_model.safetensors")
     if not file.is_file():
         return False
-    with safe_open(file, framework="pt") as tensors:
-        return (tensors.metadata() or {}).get(BASE_KEY) == NF4
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return (tensors.metadata() or {}).get(BASE_KEY) == NF4
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"adapter_name_or_path = {adapter!r}: {file}: {reason(error)}") from None
 
 
 def adapter_config(path: str) -> LoraConfig:
@@ -151,8 +160,8 @@ def adapter_config(path: str) -> LoraConfig:
     """
     try:
         held = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
+    except Exception as error:  # PEFT looks into whatever the file holds
+        raise ConfigError(f"adapter_name_or_path = {path!r}: {reason(error)}") from None
     if not isinstance(held, LoraConfig):
         raise ConfigError(f"adapter_name_or_path = {path!r}: {held.peft_type}, LoRA is supported")
     return held
@@ -172,37 +181,62 @@ def dropouts(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:  # transformers looks into whatever the file holds
+        raise ConfigError(
+            f"model_name_or_path = {config.model_name_or_path!r}: {_refusal(error)}"
+        ) from None
+
+
+def _refusal(error: Exception) -> str:
+    """Why a model could not be read."""
+    if "trust_remote_code" in str(error):
+        return "brings code of its own, which runs with trust_remote_code: true alone"
+    return reason(error)
+
+
 def context_length(config: ModelConfig) -> int:
     """Most tokens that the model was made for."""
-    model = AutoConfig.from_pretrained(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = load_model_config(config)
     return getattr(model.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     name = config.model_name_or_path
-    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+    about = [os.path.isfile(Path(name, f"{what}.json")) for what in ("adapter_config", "config")]
+    if about == [True, False]:
         base = adapter_config(name).base_model_name_or_path
         raise ConfigError(
             f"model_name_or_path = {name!r}: an adapter; set adapter_name_or_path to it and "
             f"model_name_or_path to its base, {base}"
         )
     # A hub name is ``name`` or ``owner/name``; everything else was meant as a folder.
-    if not Path(name).exists() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
+    if not os.path.exists(name) and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
         raise ConfigError(f"model_name_or_path = {name!r}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.model_name_or_path,
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+        # Some of its settings are looked at when it is used.
+        tokenizer("a")
+        return tokenizer
+    except Exception as error:  # so do the libraries of tokenizers
         raise ConfigError(
             f"model_name_or_path = {config.model_name_or_path!r}: no tokenizer could be loaded: "
-            f"{_first_line(error)}"
+            f"{_refusal(error)}"
         ) from None
 
 
@@ -609,11 +643,11 @@ def _load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except ConfigError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # see load_model_config
         # What lacks a package is the attention that was asked for, if one was.
         lacks = isinstance(error, ImportError) and config.attn_implementation
         key = "attn_implementation" if lacks else "model_name_or_path"
-        raise ConfigError(f"{key} = {getattr(config, key)!r}: {_first_line(error)}") from None
+        raise ConfigError(f"{key} = {getattr(config, key)!r}: {_refusal(error)}") from None
     finally:
         if context is not None:
             del context
@@ -635,8 +669,10 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
                 model, path, adapter_name=POLICY, is_trainable=True, config=held, **as_base
             )
             adapted.load_adapter(path, adapter_name=REFERENCE, is_trainable=False, **as_base)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"adapter_name_or_path = {path!r}: {_first_line(error)}") from None
+        except ConfigError:
+            raise
+        except Exception as error:  # weights that are damaged or do not fit, files of all kinds
+            raise ConfigError(f"adapter_name_or_path = {path!r}: {reason(error)}") from None
         adapted.set_adapter(POLICY)
     else:
         targets = config.lora_target_modules
@@ -650,7 +686,7 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
         try:
             adapted = get_peft_model(model, lora, **as_base)
         except ValueError as error:
-            raise ConfigError(f"lora_target_modules = {targets!r}: {_first_line(error)}") from None
+            raise ConfigError(f"lora_target_modules = {targets!r}: {reason(error)}") from None
         if config.refreshes:
             # A new adapter adds nothing to the base, so that this one is the start of the run too.
             adapted.add_adapter(REFERENCE, replace(lora, inference_mode=True), **as_base)
@@ -740,10 +776,6 @@ def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
-
-
 def init_distributed(timeout_s: float) -> torch.device:
     """Join or make the process group; on one process it is a group of one.
 
@@ -807,10 +839,17 @@ def _telling_of_locks() -> Iterator[None]:
 
 
 def load_generation_config(config: ModelConfig) -> GenerationConfig:
-    """The model's own, or an empty one when it has none."""
+    """The model's own, or an empty one when it has none.
+
+    Raises:
+        ConfigError: it has one that cannot be read.
+    """
+    name = config.model_name_or_path
     try:
-        return GenerationConfig.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision
-        )
-    except OSError:
-        return GenerationConfig()
+        return GenerationConfig.from_pretrained(name, revision=config.model_revision)
+    except Exception as error:  # see load_model_config
+        if isinstance(error, OSError) and not os.path.exists(Path(name, "generation_config.json")):
+            return GenerationConfig()
+        raise ConfigError(
+            f"model_name_or_path = {name!r}: generation_config.json: {reason(error)}"
+        ) from None

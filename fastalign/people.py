@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastalign.config import ConfigError
 from fastalign.data import Drops, Record, is_praise, noise_reason, read_answers
+from fastalign.printing import short
 
 # Of a line: which part of the id stands for what.
 _ASKED = ("prompt", "tools", "prompt_ids")
@@ -155,6 +156,7 @@ def _checked(where: str, text: str) -> dict[str, Any]:
     """One line as it was exported, with a judgment that is a text, null or ""."""
     try:
         line = json.loads(text)
+        right = [_hash(line, _ASKED), _hash(line, _ANSWERED)] if isinstance(line, dict) else []
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from None
     if not isinstance(line, dict):
@@ -162,15 +164,22 @@ def _checked(where: str, text: str) -> dict[str, Any]:
     for name in ("id", "of", "prompt", "completion", "judgment"):
         if name not in line:
             raise ConfigError(f"{where}: field {name}: is missing: put it back as it was exported")
-    _check_content(where, line)
+    _check_content(where, line, right)
     judgment = line["judgment"]
     if judgment is None:
         return line
     if not isinstance(judgment, str):
         raise ConfigError(
-            f"{where}: field judgment: value {judgment!r}: want text that says what is wrong, null "
-            'where nothing is, or "" where nobody judged'
+            f"{where}: field judgment: value {short(judgment)}: want text that says what is wrong, "
+            'null where nothing is, or "" where nobody judged'
         )
+    try:
+        judgment.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{where}: field judgment: value {short(judgment)}: holds half of a surrogate pair, "
+            "which is no text"
+        ) from None
     if is_praise(judgment):
         return line | {"judgment": None}
     noise = noise_reason(judgment)
@@ -179,15 +188,15 @@ def _checked(where: str, text: str) -> dict[str, Any]:
     return line
 
 
-def _check_content(where: str, line: dict[str, Any]) -> None:
-    """The id is one that was exported, and belongs to what was."""
+def _check_content(where: str, line: dict[str, Any], right: Sequence[str]) -> None:
+    """The id is one that was exported, and belongs to what was, whose hashes are ``right``."""
     name, of = line["id"], line["of"]
     number, *parts = name.split("-") if isinstance(name, str) else [""]
-    right = [_hash(line, _ASKED), _hash(line, _ANSWERED)]
-    known = number.isdecimal() and type(of) is int and 1 <= int(number) <= of
+    numbered = number.isdecimal() and len(number) <= len(str(2**63))
+    known = numbered and type(of) is int and 1 <= int(number) <= of
     same = [part == content for part, content in zip(parts, right, strict=False)]
     if not known or len(parts) != len(right) or not any(same):
-        raise ConfigError(f"{where}: field id: value {name!r}: no id of what was exported")
+        raise ConfigError(f"{where}: field id: value {short(name)}: no id of what was exported")
     if not all(same):
         changed = _ANSWERED[0] if same[0] else _ASKED[0]
         raise ConfigError(

@@ -187,11 +187,16 @@ def calibrate(run: str) -> Calibration:
     if not path.is_file():
         raise ConfigError(f"--calibration {run}: no run wrote metrics.jsonl there")
     rates = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rates += [row["speed/tflops"] for row in [json.loads(line)] if "speed/tflops" in row]
-        except ValueError:
-            raise ConfigError(f"--calibration {run}: {path}:{number} is no JSON") from None
+            row = json.loads(line)
+            rates += [float(row[name]) for name in ("speed/tflops",) if name in row]
+            if not all(map(math.isfinite, rates)):
+                raise ValueError
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            raise ConfigError(f"--calibration {run}: {path}:{number} holds no metrics") from None
     rates = rates[COLD_STEPS:]
     if len(rates) < LEAST_STEPS:
         raise ConfigError(

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def _in_words(error: BaseException) -> str:
 
 def _load_file(file: str) -> Any:
     path = Path(file).resolve()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(file)
     # Files of one name in several folders are several modules; each is run once, as importing
     # does, so that a judge keeps its state and does not change under a run.

@@ -12,18 +12,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 
 from fastalign.config import ConfigError, read_yaml
 from fastalign.data import Message, RowError, Stream, takes_back
+from fastalign.printing import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -253,8 +253,6 @@ _RESERVED = (
     "continue_final_message", "return_tensors", "return_dict", "chat_template",
 )  # fmt: skip
 _PROBE = "kqzvprobe"
-# What a template's own code may raise on messages that it was not written for.
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class JudgeWording:
@@ -716,7 +714,7 @@ class Renderer(JudgeWording):
                 add_generation_prompt=open_answer,
                 **(self._judge_kwargs if judges else self._kwargs),
             )
-        except _TEMPLATE_FAILURES as error:
+        except Exception as error:  # a template's own code may raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise RowError(
                 f"{where}the chat template cannot show messages of roles {roles}: {error}",
@@ -935,7 +933,7 @@ def load_template(name: str | None) -> Template:
         return TEMPLATES["chat"]
     if name in TEMPLATES:
         return TEMPLATES[name]
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise ConfigError(
             f"template {name!r} is neither a file nor one of {', '.join(map(repr, TEMPLATES))}"
         )
@@ -1018,14 +1016,14 @@ def _checked(name: str, value: Any, key: dataclasses.Field[Any]) -> Any:
         if not isinstance(value, dict) or not all(
             isinstance(text, str) for item in value.items() for text in item
         ):
-            raise ConfigError(f"{name} = {value!r}: want a mapping of names to texts")
+            raise ConfigError(f"{name} = {short(value)}: want a mapping of names to texts")
         return value
     if isinstance(key.default, tuple):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{name} = {value!r}: want a list of texts")
+            raise ConfigError(f"{name} = {short(value)}: want a list of texts")
         return tuple(value)
     if not isinstance(value, str) and not (value is None and "None" in str(key.type)):
-        raise ConfigError(f"{name} = {value!r}: want text")
+        raise ConfigError(f"{name} = {short(value)}: want text")
     return value
 
 

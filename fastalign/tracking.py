@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from fastalign.config import Config, ConfigError
+from fastalign.printing import printable
 
 
 class Tracker:
@@ -51,7 +52,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line for the person who runs it."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
     def start(self, step: int, logged: int = 0) -> None:
         """Go on from ``step``, at which ``metrics.jsonl`` had ``logged`` bytes: what an interrupted

@@ -395,7 +395,8 @@ def dropping(config: Config, record: Record, drops: Drops) -> Iterator[None]:
         yield
     except RowError as error:
         if config.strict:
-            raise
+            named = str(error).startswith(record.source)
+            raise error if named else RowError(f"{record.source}: {error}", error.reason) from None
         drops.add(error.reason, record.source)
     except Dropped as reason:
         if config.strict:

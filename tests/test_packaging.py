@@ -340,7 +340,7 @@ def test_children_still_run_the_sitecustomize_of_their_environment(tmp_path):
 # A module imports from its own layer and those before it. One that is not named is a part.
 PART = 1
 LAYERS = {
-    "_compat": 0, "_bridge": 0, "config": 0, "train": 2,
+    "_compat": 0, "_bridge": 0, "printing": 0, "config": 0, "train": 2,
     "demo": 3, "inspection": 3, "data_check": 3, "eval_pairs": 3, "eval_wins": 3, "eval_tasks": 3,
     "plan": 3,
     "commands": 4, "cli": 5, "__main__": 6,

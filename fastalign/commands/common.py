@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastalign.errors import ConfigError
+from fastalign.printing import printable
 
 if TYPE_CHECKING:
     from fastalign.config import JudgeConfig, RolloutConfig
@@ -89,4 +90,4 @@ def complain(message: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_S)
-    print(f"fastalign: {message}", file=sys.stderr, flush=True)
+    print(f"fastalign: {printable(message)}", file=sys.stderr, flush=True)

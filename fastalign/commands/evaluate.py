@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,7 @@ def _eval_against(arguments: argparse.Namespace) -> int:
     from fastalign.generate import Settings as Answering
     from fastalign.rollout import SamplingSettings
 
-    stored = Path(arguments.against).is_file()
+    stored = os.path.isfile(arguments.against)
     if stored and arguments.against_adapter is not None:
         raise ConfigError(f"--against-adapter: {arguments.against} is a file of answers, no model")
     temperature, top_p = arguments.temperature, arguments.top_p

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastalign import _bridge
 from fastalign.config import ConfigError, RolloutConfig
+from fastalign.printing import reason
 from fastalign.quantization import import_bitsandbytes, load_nf4
 from fastalign.rollout.engine import (
     EngineError,
@@ -101,8 +102,8 @@ class HfEngine:
                 model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **options)
         except ConfigError:
             raise
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{model_path} cannot be loaded: {error}") from None
+        except Exception as error:  # of all kinds where its files are damaged
+            raise EngineError(f"{model_path} cannot be loaded: {reason(error)}") from None
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab_size = model.config.get_text_config().vocab_size
         # Taken before any adapter renames them: PEFT keeps the same parameter objects.
