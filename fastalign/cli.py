@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
-from fastalign import __version__
+from fastalign import __version__, logs
 from fastalign.config import (
     Config,
     ConfigError,
@@ -82,6 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
     )
+    voice = train.add_mutually_exclusive_group()
+    for name, said in (
+        ("quiet", "say on stderr what is wrong, and nothing else"),
+        ("json-logs", "progress as JSON on stderr, one object a line"),
+    ):
+        voice.add_argument(
+            f"--{name}", dest="logs", action="store_const", const=name.split("-")[0], help=said
+        )
+    train.set_defaults(logs="plain")
 
     demo = commands.add_parser("demo", help="run the main job on this machine, start to finish")
     demo.add_argument("--output-dir", default="runs/demo")
@@ -100,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides += overrides
     if options and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(options)}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(getattr(arguments, "logs", "plain"))
     try:
         if arguments.command == "train":
             return _train(arguments, options)
@@ -121,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         _complain(str(error))
         return USAGE
     except KeyboardInterrupt:
-        print("fastalign: interrupted", file=sys.stderr)
+        print(logs.line("error", "interrupted"), file=sys.stderr, end="")
         return FAILED
 
 
@@ -651,7 +660,7 @@ def _complain(message: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_S)
-    print(f"fastalign: {message}", file=sys.stderr, flush=True)
+    print(logs.line("error", message), file=sys.stderr, end="", flush=True)
 
 
 def _separate(passed_on: list[str]) -> tuple[list[str], list[str]]:
@@ -689,7 +698,9 @@ def _train(arguments: argparse.Namespace, torchrun_options: list[str]) -> int:
         processes = resolve_processes(config)
         if processes > 1 or torchrun_options:
             try:
-                return _torchrun(processes, torchrun_options, arguments.recipe, overrides)
+                flags = {"plain": [], "quiet": ["--quiet"], "json": ["--json-logs"]}
+                own = [arguments.recipe, *overrides, *flags[arguments.logs]]
+                return _torchrun(processes, torchrun_options, own)
             except Interrupted:
                 _complain(f"paused: a signal {TOO_EARLY}")
                 return PAUSED
@@ -770,8 +781,9 @@ def resolve_processes(config: Config) -> int:
     return max(torch.cuda.device_count() - taken, 1)
 
 
-def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[str]) -> int:
-    """Start one process for each rank and wait; a rank's exit code becomes ours.
+def _torchrun(processes: int, options: list[str], arguments: list[str]) -> int:
+    """Start one process for each rank, by ``arguments`` of ``fastalign train``, and wait; a rank's
+    exit code becomes ours.
 
     SIGTERM and SIGINT are the ranks' to answer, which need their time for it: they are passed on,
     where torchrun would kill the ranks soon after.
@@ -809,8 +821,7 @@ def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[s
                         "--module",
                         "fastalign",
                         "train",
-                        recipe,
-                        *overrides,
+                        *arguments,
                     ]
                 )
             )

@@ -35,6 +35,7 @@ from fastalign.train import (
     load_data,
     make_renderers,
     probe_words,
+    report_lines,
     share,
 )
 
@@ -112,7 +113,8 @@ def inspect(config: Config, *, count: int = 32, seed: int | None = None) -> Insp
         )
     tokenizer = load_tokenizer(config)
     renderers = make_renderers(config, tokenizer, None)
-    records, _, lines = load_data(config, method)
+    records, _, reports = load_data(config, method)
+    lines = report_lines(reports)
     if not any(record.is_negative for record in records):
         paths = ", ".join(dataset.path for dataset in config.datasets)
         raise ConfigError(

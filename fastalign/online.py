@@ -114,7 +114,7 @@ def push_weights(run: Run) -> None:
             run.version,
         )
     run.synced = report
-    run.tracker.phase(f"sync {report.seconds:.1f} s")
+    run.tracker.phase("sync", f"{report.seconds:.1f} s")
 
 
 def draw(
