@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
 
     _add_generate(commands)
     _add_inspect(commands)
+    _add_report(commands)
     _add_data(commands)
     _add_judge(commands)
     _add_eval(commands)
@@ -117,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             return _generate(arguments)
         if arguments.command == "inspect":
             return _inspect(arguments)
+        if arguments.command == "report":
+            return _report(arguments)
         if arguments.command == "data":
             return _check_data(arguments)
         if arguments.command == "judge":
@@ -226,6 +229,25 @@ def _add_inspect(commands: Any) -> None:
     )
     inspect.add_argument("--seed", type=_whole_number(0), help="default: the recipe's")
     inspect.add_argument("--out", help="folder of the results; default: inspect in output_dir")
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="one page of what runs were set to, did and wrote")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
+    report.add_argument(
+        "--output", default="report.html", metavar="FILE", help="default: report.html"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fastalign.report import read_runs, status, write
+
+    runs = read_runs([Path(run) for run in arguments.runs])
+    write(runs, Path(arguments.output))
+    for run in runs:
+        print(f"{run.name}: {status(run)}")
+    print(f"wrote {arguments.output}")
+    return OK
 
 
 def _add_data(commands: Any) -> None:
