@@ -101,7 +101,8 @@ def inspect(config: Config, *, count: int = 32, seed: int | None = None) -> Insp
         FloatingPointError: the model gives log-probs that are not finite.
     """
     transformers.utils.logging.disable_progress_bar()
-    config = resolve_adapter(config.model_copy(update={"online": None}))
+    # Held-out prompts of an online recipe have no judgments either.
+    config = resolve_adapter(config.model_copy(update={"online": None, "eval_datasets": ()}))
     method = make_method(config)
     if not isinstance(method, Cut):
         raise ConfigError(
@@ -284,4 +285,3 @@ def make_page(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     before, marker, after = read_template("inspection.html").partition("INSPECTED_RECORDS")
     assert marker
     return before + embedded_json({"settings": settings, "records": list(rows)}) + after
-

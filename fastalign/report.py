@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from fastalign.config import Config, ConfigError, read_yaml
+from fastalign.config import Config, ConfigError, EndpointConfig, JudgeConfig, read_yaml
 from fastalign.page import embedded_json, read_template
 
 METRICS, EPISODES, SAMPLES = "metrics.jsonl", "episodes", "eval"
@@ -39,7 +40,11 @@ TITLES = {
     "rollout": "Rollouts",
     "sync": "Weight sync",
     "speed": "Speed",
+    "judge": "Judgments of rollouts",
+    "judge_quality": "The judge on pairs of which the better answer is known",
 }
+# An en dash: there is no such thing here.
+NOTHING = "\u2013"
 JUDGE = ("judge", "judge_quality")
 MEANINGS = {
     "loss": "what is minimised, mean over the global batch",
@@ -197,11 +202,13 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     found, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    # Not splitlines: text within JSON may hold other characters that end lines.
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for i, line in enumerate([*lines, rest]):
         try:
             row = json.loads(line)
         except ValueError:
-            broken += line.endswith("\n")
+            broken += i < len(lines)
             continue
         if isinstance(row, dict):
             found.append(row)
@@ -247,7 +254,7 @@ class Curve:
     title: str
     meaning: str
     drawing: str
-    summary: tuple[tuple[int, str, str, str, str, str], ...]
+    summary: tuple[tuple[int, list[str]], ...]
     note: str = ""
 
 
@@ -264,7 +271,7 @@ def rows_of(tables: Sequence[Mapping[str, Any]], names: Iterable[str] | None = N
         names = dict.fromkeys(name for table in tables for name in table)
     made = []
     for name in names:
-        cells = tuple(_shown(table[name]) if name in table else "–" for table in tables)
+        cells = tuple(_shown(table[name]) if name in table else NOTHING for table in tables)
         made.append(Row(name, cells, len(set(cells)) > 1))
     return made
 
@@ -288,21 +295,39 @@ def settings_tables(runs: Sequence[RunLog]) -> dict[str, list[Row]]:
     rows = rows_of([{k: v for k, v in r.settings.items() if k != "output_dir"} for r in runs])
     groups: dict[str, list[Row]] = {"differ": [], "set": [], "default": []}
     for row in rows:
+        # A recipe that lacks a section has its settings at their defaults.
         values = [run.settings[row.name] for run in runs if row.name in run.settings]
-        usual = row.name in standard and all(value == standard[row.name] for value in values)
-        groups["differ" if row.differs else "default" if usual else "set"].append(row)
+        key = re.sub(r"\.\d+\.", ".0.", row.name)
+        usual = key in standard and all(value == standard[key] for value in values)
+        groups["default" if usual else "differ" if row.differs else "set"].append(row)
     return groups
 
 
 def _defaults() -> dict[str, Any]:
-    """What a recipe has that says nothing, by dotted keys."""
-    needed = {"method": "", "model_name_or_path": "", "output_dir": "", "datasets": [{"path": ""}]}
-    tree = Config.model_validate(needed).model_dump(mode="json", by_alias=True)
-    return {key: value for key, value in _flat(tree) if key not in _flat_keys(needed)}
-
-
-def _flat_keys(tree: Any) -> set[str]:
-    return {key for key, _ in _flat(tree)}
+    """What a recipe has that says nothing, by dotted keys; of a list of sections, its first."""
+    dataset = {"path": ""}
+    needed: dict[str, Any] = {"method": "", "model_name_or_path": "", "output_dir": ""}
+    sections: dict[str, Any] = {
+        "datasets": [dataset],
+        "eval_datasets": [dataset],
+        "judge_datasets": [dataset],
+        "online": {},
+        "profile": {},
+    }
+    server = {"base_url": "", "model": ""}
+    judges = {
+        key: JudgeConfig(endpoint=EndpointConfig.model_validate(server)).model_dump(mode="json")
+        for key in ("judge", "eval_judge")
+    }
+    bare = Config.model_validate({**needed, "datasets": [dataset]})
+    whole = Config.model_validate({**needed, **sections})
+    found: dict[str, Any] = {}
+    plain = {key: JudgeConfig().model_dump(mode="json") for key in judges}
+    trees = [judges, plain, *(c.model_dump(mode="json", by_alias=True) for c in (whole, bare))]
+    for tree in trees:
+        found |= dict(_flat(tree))
+    said = {key for key, _ in _flat(needed | {"judge": {"endpoint": server}})}
+    return {key: v for key, v in found.items() if key not in said and not key.endswith("0.path")}
 
 
 def overview(runs: Sequence[RunLog]) -> list[Row]:
@@ -311,7 +336,7 @@ def overview(runs: Sequence[RunLog]) -> list[Row]:
         table: dict[str, Any] = {
             "state": status(run),
             "method": _method(run),
-            "model": run.recipe.get("model_name_or_path", "–"),
+            "model": run.recipe.get("model_name_or_path", NOTHING),
         }
         if run.recipe.get("adapter_name_or_path"):
             table["adapter"] = run.recipe["adapter_name_or_path"]
@@ -331,7 +356,7 @@ def overview(runs: Sequence[RunLog]) -> list[Row]:
 
 
 def _method(run: RunLog) -> str:
-    method = str(run.recipe.get("method", "–"))
+    method = str(run.recipe.get("method", NOTHING))
     if not run.recipe.get("online"):
         return method
     judge = run.recipe.get("judge") or {}
@@ -360,6 +385,8 @@ def _took(run: RunLog) -> float | None:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -369,7 +396,7 @@ def duration(seconds: float) -> str:
 
 def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
-        return "–"
+        return NOTHING
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.2e}"
@@ -405,18 +432,18 @@ def data_table(number_: int, run: RunLog) -> DataTable:
         sources.append((source["part"], source["path"], kind, *figures))
         dropped += [(source["path"], reason, n) for reason, n in source["dropped"].items()]
     train, held = counts["train"], counts["eval"]
-    used = [f"{train['used']:,} {train['unit']} are trained on."]
-    if train.get("tokens"):
+    used = [f"{train['used']:,} prompts are sampled from."]
+    if train["unit"] == "examples":
         used[0] = f"{train['used']:,} examples of {train['tokens']:,} tokens are trained on."
     if train.get("not_selected"):
         used.append(f"{train['not_selected']:,} others are left out by the method's own selection.")
     if "truncated" in train:
         used.append(
-            f"{train['truncated']:,} answers are cut at max_length = {run.recipe['max_length']}."
+            f"Answers cut at max_length = {run.recipe['max_length']}: {train['truncated']:,}."
         )
     dropped += [("when tokenised", reason, n) for reason, n in train["dropped"].items()]
     if held is not None:
-        used.append(f"{held['used']:,} are held out.")
+        used.append(f"Held out: {held['used']:,}.")
         dropped += [("held out", reason, n) for reason, n in held["dropped"].items()]
     for name, said in (
         ("rollout/truncated", "of the sampled answers met max_completion_length"),
@@ -474,7 +501,7 @@ def make_curves(runs: Sequence[RunLog]) -> tuple[list[Section], list[Section], d
             lines.append((r, x, y))
             known = [value for value in values if math.isfinite(value)] or [math.nan]
             ends = (values[0], values[-1], min(known), max(known))
-            summary.append((r, str(len(values)), *map(number, ends)))
+            summary.append((r, [str(len(values)), *map(number, ends)]))
         drawing, box, limits = report_plots.curve(f"curve-{i}", name, lines)
         notes = [f"Each point is a mean over {most} lines of the log."] if most > 1 else []
         if gaps:
@@ -536,7 +563,7 @@ def time_table(runs: Sequence[RunLog]) -> TimeTable | None:
     for p, part in enumerate(parts):
         cells = tuple((duration(own[p]), percent(own[p] / (sum(own) or 1))) for own in seconds)
         rows.append((part.replace("_", " "), p, cells))
-    by_step = []
+    by_step: list[tuple[int, str, str]] = []
     for r, run in enumerate(runs):
         for what, of in (("each step", STEP_PARTS), ("each round", ROUND_PARTS)):
             shown = [(p, run.series(f"time/{part}")) for p, part in enumerate(parts) if part in of]
@@ -616,14 +643,14 @@ def reliabilities(runs: Sequence[RunLog]) -> list[Reliability]:
     --pairs --out`` within its folder."""
     from fastalign import report_plots
 
-    found = []
+    found: list[Reliability] = []
     for r, run in enumerate(runs):
-        measured = sorted(
-            (run.folder / "judge-quality").glob("*.json"), key=lambda p: int(p.stem)
-        )
+        measured = sorted((run.folder / "judge-quality").glob("*.json"), key=lambda p: int(p.stem))
         named = [(p, f"judge of the weights of step {p.stem}") for p in measured]
         named = named[:1] + named[1:][-1:]
-        reports = sorted([*run.folder.glob("judge-report.json"), *run.folder.glob("*/judge-report.json")])
+        reports = sorted(
+            [*run.folder.glob("judge-report.json"), *run.folder.glob("*/judge-report.json")]
+        )
         named += [(p, str(p.relative_to(run.folder))) for p in reports]
         for path, title in named:
             facts = _read_json(path) or {}
@@ -691,7 +718,7 @@ class Samples:
     note: str = ""
 
 
-Flags = Mapping[tuple[str, str], tuple[Piece, ...]]
+Flags = Mapping[tuple[str, tuple[int, ...]], tuple[Piece, ...]]
 LEVELS = (0.1, 0.5, 1.0, 2.0)
 
 
@@ -784,7 +811,8 @@ def _shown_episode(row: Mapping[str, Any], when: str, flags: Flags) -> Shown:
             marks.append("cut at the length limit")
         if noise[i] is not None:
             marks.append(f"not trained on: {noise[i]}")
-        pieces = flags.get((prompt, text), (Piece(text),))
+        ids = row["token_ids"][i] if "token_ids" in row else ()
+        pieces = flags.get((prompt, tuple(ids)), (Piece(text),))
         answers.append(Answer(pieces, tuple(marks), judgments[i]))
     verdicts = row.get("verdicts", ())
     said = ""
@@ -808,8 +836,8 @@ def _prompt_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def read_flags(run: RunLog) -> tuple[Flags, list[Shown]]:
     """What `fastalign inspect` has left in the run's folder: the tokens of each answer, by prompt
-    and text, and the records by themselves, criticised ones first."""
-    tokens: dict[tuple[str, str], tuple[Piece, ...]] = {}
+    and ids, and the criticised records by themselves."""
+    tokens: dict[tuple[str, tuple[int, ...]], tuple[Piece, ...]] = {}
     shown = []
     for path in sorted((run.folder / "inspect").rglob("inspect.jsonl")):
         for row in _read_lines(path)[0]:
@@ -818,9 +846,7 @@ def read_flags(run: RunLog) -> tuple[Flags, list[Shown]]:
                 for t in row["tokens"]
             )
             prompt = _prompt_text(row["prompt"])
-            # The last token may end the turn, of which the text says nothing.
-            for end in {len(pieces), len(pieces) - 1}:
-                tokens[prompt, "".join(piece.text for piece in pieces[:end])] = pieces
+            tokens[prompt, tuple(t["id"] for t in row["tokens"])] = pieces
             count = sum(piece.flagged for piece in pieces)
             answer = Answer(pieces, (f"{count} of {len(pieces)} tokens",), row["judgment"])
             if row["judgment"] is not None:

@@ -90,6 +90,9 @@ def curve(
                 gid=f"run{run}",
             )
         axes.set_xlabel("step")
+        every = [step for _, steps, _ in lines for step in steps]
+        if min(every) == max(every):
+            axes.set_xlim(every[0] - 1, every[0] + 1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         low, high = axes.get_xlim()
@@ -171,7 +174,9 @@ def _figure(height: float = HEIGHT, bottom: float = 42) -> tuple[Figure, Any]:
     # 72 points are an inch, and a point is a unit of the drawing.
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     FigureCanvasSVG(figure)
-    axes = figure.add_axes((56 / WIDTH, bottom / height, 1 - 72 / WIDTH, 1 - (bottom + 18) / height))
+    axes = figure.add_axes(
+        (56 / WIDTH, bottom / height, 1 - 72 / WIDTH, 1 - (bottom + 18) / height)
+    )
     return figure, axes
 
 
@@ -183,16 +188,17 @@ def _svg(figure: Figure, name: str, title: str, height: float = HEIGHT) -> Marku
     root = ElementTree.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            # What is known of the file, and a style of which the attributes say the same.
-            if child.tag == f"{SVG}metadata" or child.tag == f"{SVG}style":
-                parent.remove(child)
-            elif child.tag == f"{SVG}defs" and not list(child.iter())[1:]:
+            # What is known of the file, a style that the attributes repeat, and what holds nothing.
+            empty = child.tag == f"{SVG}defs" and not len(child)
+            if empty or child.tag in (f"{SVG}metadata", f"{SVG}style"):
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.removeprefix(SVG)
         _declare(element)
     root.attrib.clear()
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="drawing">{}</svg>').format(
+    return Markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" class="drawing">{}</svg>'
+    ).format(
         WIDTH,
         round(height),
         title,
@@ -217,15 +223,12 @@ def _declare(element: ElementTree.Element) -> None:
         if key != "font-family":
             element.set(key, value)
     for key in ("fill", "stroke"):
-        value = element.get(key)
-        if value in _COLOURS:
-            element.set(key, _COLOURS[value])
-        elif element.tag == "text" and key == "fill" and value is None:
-            element.set(key, "var(--ink)")
-    named = element.get("id")
-    if named is not None and element.tag not in ("clipPath", "path", "use") or (
-        named is not None and named.startswith(("run", "part"))
-    ):
-        element.attrib.pop("id")
-        if re.fullmatch(r"run\d+(-part\d+)?", named):
-            element.set("class", named.partition("-")[0])
+        colour = element.get(key, INK if (element.tag, key) == ("text", "fill") else "")
+        if colour in _COLOURS:
+            element.set(key, _COLOURS[colour])
+    named = element.get("id", "")
+    found = re.fullmatch(r"(run\d+)(-part\d+)?|part\d+", named)
+    if found or element.tag not in ("clipPath", "path"):
+        element.attrib.pop("id", None)
+    if found and found[1]:
+        element.set("class", found[1])

@@ -463,7 +463,7 @@ def plan_rounds(
         lines = [f"{len(examples)} examples, {tokens} tokens, {total} steps"]
         lines += [f"  dropped {line}" for line in drops.lines()]
         if truncated:
-            lines.append(f"  {truncated} answers are cut at max_length = {config.max_length}")
+            lines.append(f"  answers cut at max_length = {config.max_length}: {truncated}")
         counts = {
             "unit": "examples",
             "used": len(examples),
@@ -701,9 +701,7 @@ def check_start(run: Run) -> None:
         _check_sync(run, words)
 
 
-def _choices(
-    run: Run, unpacked: str | None, unshared: str | None, gap: float
-) -> dict[str, Choice]:
+def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -> dict[str, Choice]:
     """What a step runs on, and why."""
     config, model = run.config, run.model
     trainable = sum(
@@ -720,9 +718,7 @@ def _choices(
         "model": Choice(f"{config.model_name_or_path}, {trainable:,} trainable parameters"),
         "dtype": Choice(dtype, choose_dtype(config, model.device)[1]),
         "processes": Choice(f"{run.world_size} on {model.device.type}"),
-        "ZeRO stage": Choice(
-            str(model.zero_stage), choose_zero_stage(config, run.world_size)[1]
-        ),
+        "ZeRO stage": Choice(str(model.zero_stage), choose_zero_stage(config, run.world_size)[1]),
         "threads": Choice(f"{torch.get_num_threads()} a process", threads),
         "attention": (
             Choice(f"packed, no padding, by {kernel}", why)
