@@ -96,6 +96,11 @@ class Run:
     ahead: Ahead | None = None
     chosen: dict[str, Choice] = field(default_factory=dict)
 
+    def choose(self, name: str, choice: Choice) -> None:
+        """Note and tell what was chosen."""
+        self.chosen[name] = choice
+        self.tracker.chosen(name, choice.value, choice.why)
+
     @cached_property
     def operations(self) -> Operations:
         return Operations(self.model.policy)

@@ -69,6 +69,13 @@ class Tracker:
             logs.emit("note", message=text.strip())
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def chosen(self, name: str, value: str, why: str) -> None:
+        """What was chosen for the person who runs it."""
+        if self._events:
+            logs.emit("chosen", name=name, value=value, why=why)
+        else:
+            self.say(f"{name:<10}  {value}" + (f" ({why})" if why else ""))
+
     def start(self, step: int) -> None:
         """Go on from ``step``: what an interrupted run logged behind it will be logged again."""
         self.first_step = self._step = step
@@ -262,11 +269,22 @@ class _Service:
             raise ConfigError(
                 f"report_to has {name!r}, which is not installed: pip install {name}"
             ) from None
-        self._run = module.init(
-            project="fastalign",
-            name=Path(config.output_dir).name,
-            config=config.model_dump(mode="json", by_alias=True),
-        )
+        # W&B has much to say on stderr, and its files lie where the process was started.
+        own = {
+            "dir": config.output_dir,
+            "settings": {"silent": logs.style() != "plain"},
+        }
+        try:
+            self._run = module.init(
+                project="fastalign",
+                name=Path(config.output_dir).name,
+                config=config.model_dump(mode="json", by_alias=True),
+                **(own if name == "wandb" else {}),
+            )
+        except Exception as error:
+            # No login, no network, a setting of theirs: whatever it is, it is told before loading.
+            said = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"report_to has {name!r}, which does not start: {said}") from None
 
     def start(self, step: int) -> None:
         pass

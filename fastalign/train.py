@@ -168,6 +168,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
         asked |= make_endpoints(config, method)
         # Engines load before the model: loading must not see ZeRO-3's sharded construction.
         if config.online is not None:
+            tracker.phase("engine")
             engine = _make_engine(config, device, method, renderers, eval_renderers)
             asked |= _make_judge_models(config, device, method, judge_renderers, tracker)
         needs_reference = wants_reference(config, method)
@@ -176,6 +177,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
                 "online.rounds_per_reference is set, but nothing in this run has a reference: no "
                 "self judge, no loss and no evaluation compares with one; leave it out"
             )
+        tracker.phase("model")
         model = build_model(config, device=device, needs_reference=needs_reference)
         run = Run(
             config,
@@ -192,6 +194,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
             stop,
             identity,
         )
+        tracker.phase("check")
         check_start(run)
         if config.online is None and method.needs_reference:
             rounds = _score_reference(run, rounds)
@@ -690,9 +693,8 @@ def check_start(run: Run) -> None:
         if unshared is None and model.reference_engine is not None:
             unshared = share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
-    run.chosen |= _choices(run, unpacked, unshared, gap)
-    for name, choice in run.chosen.items():
-        say(_choice_line(name, choice))
+    for name, choice in _choices(run, unpacked, unshared, gap).items():
+        run.choose(name, choice)
     cut = run.config.cut
     if run.config.method == "cut" and cut.misalign and (cut.lambda_ <= 1 or not cut.detection):
         why = f"cut.lambda = {cut.lambda_} is at most 1" if cut.detection else "no cut.detection"
@@ -734,17 +736,9 @@ def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -
     name, why = default_implementation(model.device, model.dtype), "on a GPU"
     if name == "torch":
         why = "no GPU" if model.device.type == "cpu" else "triton is not installed"
-    chosen["kernels"] = Choice(
-        f"log-probs and losses in {name}, which agree with the model's own logits "
-        f"(mean difference {gap:.1e})",
-        why,
-    )
+    agree = f"they agree with the model's own logits, mean difference {gap:.1e}"
+    chosen["kernels"] = Choice(f"log-probs and losses in {name}", f"{why}; {agree}")
     return chosen
-
-
-def _choice_line(name: str, choice: Choice) -> str:
-    why = f" ({choice.why})" if choice.why else ""
-    return f"{name:<10}  {choice.value}{why}"
 
 
 def _same_dropout(policy: torch.nn.Module) -> str:
@@ -791,10 +785,8 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     # A run that is resumed within a round trains before it samples.
     engine.sleep()
     _, why = choose_engine(run.config.rollout, run.config.load_in_4bit)
-    run.chosen["rollouts"] = Choice(
-        f"by {engine.name}, weight sync proven by content and by canary", why
-    )
-    run.tracker.say(_choice_line("rollouts", run.chosen["rollouts"]))
+    proven = "weight sync proven by content and by canary"
+    run.choose("rollouts", Choice(f"by {engine.name}, {proven}", why))
 
 
 def _visible_strength(
