@@ -27,6 +27,10 @@ from fastalign import logs
 from fastalign.config import Config, ConfigError
 
 
+# Columns of a terminal in which a bar has room for all figures.
+ROOMY = 110
+
+
 class Tracker:
     """Metrics to ``metrics.jsonl`` and the chosen services; progress to stderr as
     :func:`fastalign.logs.configure` has it: a bar on a terminal, plain lines elsewhere, events for
@@ -119,7 +123,8 @@ class Tracker:
         self._step = step
         if self._bar is not None:
             if show:
-                self._bar.update(self._task, completed=step, figures=_figures(metrics, brief=True))
+                brief = self.console.width < ROOMY
+                self._bar.update(self._task, completed=step, figures=_figures(metrics, brief))
             return
         done = max(step - (self.first_step or 0), 1)
         left = (time.monotonic() - self.started) / done * (self.total_steps - step)
@@ -210,12 +215,12 @@ def _bar(console: Console) -> Progress:
 
 
 def _figures(metrics: Mapping[str, float], brief: bool = False) -> str:
-    """The figures of a step that one wants to see go by."""
+    """The figures of a step that one wants to see go by; ``brief``: beside a bar in 80 columns."""
     shown = {
         "loss": "loss {:.4g}",
         "grad_norm": "" if brief else "grad norm {:.3g}",
         "speed/tokens_per_second": "{:,.0f} tokens/s",
-        "speed/mfu": "{:.0%} MFU",
+        "speed/mfu": "" if brief else "{:.0%} MFU",
     }
     return "  ".join(
         form.format(metrics[name]) for name, form in shown.items() if form and name in metrics

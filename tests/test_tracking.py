@@ -69,6 +69,7 @@ def test_a_terminal_has_a_bar(tmp_path, monkeypatch, columns):
     monkeypatch.setattr(sys, "stderr", Terminal())
     tracker = Tracker(tracked(tmp_path), 0, 400)
     tracker.phase("model")
+    tracker._bar.refresh()
     tracker.start(0)
     for step in (1, 2, 3):
         tracker.phase("rollout")
@@ -79,7 +80,9 @@ def test_a_terminal_has_a_bar(tmp_path, monkeypatch, columns):
     written = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sys.stderr.getvalue())
     last = re.split(r"[\r\n]+", written.rstrip())[-1]
     assert len(last) <= columns
-    for part in ("rollout", "3/400", "loss 0.6931", "123,456 tokens/s", "41% MFU", "left 0:"):
+    parts = ["rollout", "3/400", "loss 0.6931", "123,456 tokens/s", "0:00:00 left 0:00:"]
+    parts += ["grad norm 1", "41% MFU"] if columns > 100 else []
+    for part in parts:
         assert part in last, (part, last)
     assert "model" in written
 
@@ -125,7 +128,9 @@ def test_json_logs_are_one_object_a_line(sharp_llama, tmp_path, capfd, quiet_pro
         eval_datasets=[{"path": str(held)}], eval_steps="round",
     )  # fmt: skip
     assert main(["train", save(config, tmp_path), "--json-logs"]) == 0
-    said = events(capfd.readouterr().err)
+    lines = capfd.readouterr().err.splitlines()
+    # DeepSpeed tries out libraries, on which a linker speaks for itself.
+    said = events("\n".join(line for line in lines if not line.startswith("/usr/bin/ld: ")))
     kinds = [event["event"] for event in said]
     assert set(kinds) - {"warning"} == {
         "note", "chosen", "start", "phase", "metrics", "done"
