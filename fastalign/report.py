@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ TITLES = {
 }
 # An en dash: there is no such thing here.
 NOTHING = "\u2013"
+WHEN = ("started", "finished")
 JUDGE = ("judge", "judge_quality")
 MEANINGS = {
     "loss": "what is minimised, mean over the global batch",
@@ -887,7 +888,7 @@ def environment(runs: Sequence[RunLog]) -> list[Row]:
     for run in runs:
         facts = run.facts
         table: dict[str, Any] = {}
-        for key in ("started", "finished", "fastalign", "commit", "python"):
+        for key in (*WHEN, "fastalign", "commit", "python"):
             if facts.get(key) is not None:
                 table[key] = facts[key]
         table |= facts.get("libraries", {})
@@ -898,7 +899,8 @@ def environment(runs: Sequence[RunLog]) -> list[Row]:
         for key, value in facts.get("declared_licenses", {}).items():
             table[f"licence: {key}"] = value
         tables.append(table)
-    return rows_of(tables)
+    # When they ran is another for each.
+    return [replace(r, differs=r.differs and r.name not in WHEN) for r in rows_of(tables)]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from rich.progress import (
 from fastalign import logs
 from fastalign.config import Config, ConfigError
 
-
 # Columns of a terminal in which a bar has room for all figures.
 ROOMY = 110
 

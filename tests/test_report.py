@@ -444,13 +444,17 @@ def test_values_are_read_by_step(runs):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_draws_it_and_takes_no_text_for_markup(hostile, runs, tmp_path):
-    # Its script runs, and puts a cursor into the figure that is asked for.
     text = make_page(read_runs([hostile, runs["cut-fast"]]))
     path = tmp_path / "report.html"
     path.write_bytes(text.encode("utf-8", "replace"))
-    drawn = Page.of(drawn_by_chromium(path, tmp_path))
+    elements = drawn_by_chromium(path, tmp_path)
+    drawn = Page.of(elements)
     tags = [tag for tag, _ in drawn.elements]
     assert "img" not in tags and tags.count("script") == 2
     assert tags.count("figure") == text.count("<figure") and tags.count("svg") == text.count("<svg")
-    cursors = [a for tag, a in drawn.elements if tag == "line" and a.get("class") == "cursor"]
-    assert not cursors
+    # Its script has run: below each curve stand the last values.
+    loss = re.search(r'<h4>loss</h4>.*?role="status">(.*?)</div>', elements, re.DOTALL)[1]
+    last = [f"{log.series('loss')[1][-1]:.4g}" for log in read_runs([hostile, runs["cut-fast"]])]
+    names = [hostile.name, "cut-fast"]
+    said = [f"{name}: {value}" for name, value in zip(names, last, strict=True)]
+    assert text_of(loss) == " ".join(["step 2", *said])
