@@ -671,7 +671,7 @@ def reliabilities(runs: Sequence[RunLog]) -> list[Reliability]:
                 f"Calibration error {number(calibration['ece'])}; 95 of 100 calibrated judges stay "
                 f"below {number(calibration['ece_limit'])} on as many pairs."
             )
-            drawing = report_plots.reliability(f"reliability-{len(found)}", calibration["bins"])
+            drawing = report_plots.reliability(f"reliability-{len(found)}", r, calibration["bins"])
             found.append(Reliability(r, title, drawing, bins, said))
     return found
 

@@ -149,7 +149,7 @@ def stacked_steps(
         return _svg(figure, name, "Seconds by part and step")
 
 
-def reliability(name: str, bins: Sequence[Mapping[str, float]]) -> Markup:
+def reliability(name: str, run: int, bins: Sequence[Mapping[str, float]]) -> Markup:
     """Accuracy with its interval over what the margins promise."""
     with matplotlib.rc_context(dict(_STYLE)):
         figure, axes = _figure()
@@ -164,7 +164,7 @@ def reliability(name: str, bins: Sequence[Mapping[str, float]]) -> Markup:
             ],
             fmt="o",
             markersize=5,
-            color=run_colour(0),
+            color=run_colour(run),
         )
         axes.set(xlim=(0.48, 1.02), ylim=(-0.03, 1.03), xlabel="promised", ylabel="right")
         return _svg(figure, name, "How often the judge is right, by what its margin promises")
