@@ -191,13 +191,31 @@ def _suits_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> b
     """Whether a kernel for variable lengths takes these; torch's knows no dropout."""
     width = query.shape[-1]
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        _has_kernels(query.device, query.dtype)
         and width == value.shape[-1] <= 256
         and width % 8 == 0
         and (not dropout or _has_flash_attn())
     )
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(what computes packed attention where the heads suit it, why it is that)."""
+    if not _has_kernels(device, dtype):
+        name = str(dtype).removeprefix("torch.")
+        return "torch's SDPA, sequence by sequence", f"no kernel packs {name} on this {device.type}"
+    if _has_flash_attn():
+        return "flash-attn", "it is installed"
+    if _varlen_kernel() is None:
+        return "torch's SDPA, sequence by sequence", "flash-attn is not installed"
+    return "torch's kernel for variable lengths", "flash-attn is not installed"
 
 
 def _has_flash_attn() -> bool:

@@ -6,12 +6,11 @@ Exit codes: 0 done, 1 failed, 2 wrong recipe, data or command line, 75 paused wi
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
 
-from fastalign import __version__, _compat
+from fastalign import __version__, _compat, logs
 from fastalign.commands import (
     completion,
     data,
@@ -23,6 +22,7 @@ from fastalign.commands import (
     init,
     inspect,
     judge,
+    report,
     schema,
     train,
 )
@@ -38,6 +38,7 @@ COMMANDS = (
     data,
     judge,
     evaluate,
+    report,
     doctor,
     schema,
     completion,
@@ -73,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments.torchrun_options = options
     elif options:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(getattr(arguments, "logs", "plain"))
     if "LOCAL_RANK" not in os.environ:
         for line in _compat.outside_ranges():
-            print(f"fastalign: {line}", file=sys.stderr)
+            print(logs.line("note", line), file=sys.stderr, end="")
     try:
         code: int = arguments.run(arguments)
         return code
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         complain(str(error))
         return USAGE
     except KeyboardInterrupt:
-        print("fastalign: interrupted", file=sys.stderr)
+        print(logs.line("error", "interrupted"), file=sys.stderr, end="")
         return FAILED
 
 

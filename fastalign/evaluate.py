@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,12 +47,14 @@ class Evaluator:
 
     def __call__(self, step: int) -> dict[str, float]:
         self.run.tracker.phase("eval")
+        started = time.monotonic()
         self.run.model.engine.eval()
         online = self.run.config.online is not None
         scores = self._answers(step) if online else self._losses(step)
         self.run.model.engine.train()
         scores = {f"eval/{name}": value for name, value in scores.items()}
-        self.run.tracker.log(step, scores, show=False)
+        took = {"time/evaluation": time.monotonic() - started}
+        self.run.tracker.log(step, scores | took, show=False)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.run.tracker.say(f"step {step}: {shown}")
         return scores

@@ -6,11 +6,6 @@ that what is shown is what is trained on.  Only dropout is off.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +22,7 @@ from fastalign.logprobs import Policy
 from fastalign.methods import make_method
 from fastalign.methods.cut import Cut
 from fastalign.model import load_policy, load_tokenizer, resolve_adapter, resolve_dtype
+from fastalign.page import embedded_json, read_template, to_json
 from fastalign.templates import Renderer
 from fastalign.timeline import Operations
 from fastalign.train import (
@@ -35,6 +31,7 @@ from fastalign.train import (
     load_data,
     make_renderers,
     probe_words,
+    report_lines,
     share,
 )
 
@@ -104,7 +101,8 @@ def inspect(config: Config, *, count: int = 32, seed: int | None = None) -> Insp
         FloatingPointError: the model gives log-probs that are not finite.
     """
     transformers.utils.logging.disable_progress_bar()
-    config = resolve_adapter(config.model_copy(update={"online": None}))
+    # Held-out prompts of an online recipe have no judgments either.
+    config = resolve_adapter(config.model_copy(update={"online": None, "eval_datasets": ()}))
     method = make_method(config)
     if not isinstance(method, Cut):
         raise ConfigError(
@@ -112,7 +110,8 @@ def inspect(config: Config, *, count: int = 32, seed: int | None = None) -> Insp
         )
     tokenizer = load_tokenizer(config)
     renderers = make_renderers(config, tokenizer, None)
-    records, _, lines = load_data(config, method)
+    records, _, reports = load_data(config, method)
+    lines = report_lines(reports)
     if not any(record.is_negative for record in records):
         paths = ", ".join(dataset.path for dataset in config.datasets)
         raise ConfigError(
@@ -257,7 +256,8 @@ def write(inspection: Inspection, folder: Path) -> tuple[Path, Path]:
     records, page = folder / RECORDS, folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(_json(row) + "\n" for row in rows)
+        # Messages keep what their file said of them, which in Parquet may be a date.
+        text = "".join(to_json(row) + "\n" for row in rows)
         records.write_text(text, encoding="utf-8")
         page.write_text(make_page(_settings(inspection.config), rows), encoding="utf-8")
     except OSError as error:
@@ -282,33 +282,6 @@ def make_page(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     means anything to HTML, and the page's script writes them as text alone; the policy in the
     page's head names its one script and style by hash.
     """
-    template = importlib.resources.files("fastalign").joinpath("inspection.html").read_text("utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash(template, 'script')}; "
-        f"style-src {_hash(template, 'style')}; base-uri 'none'; form-action 'none'"
-    )
-    before, marker, after = template.replace("CONTENT_SECURITY_POLICY", policy).partition(
-        "INSPECTED_RECORDS"
-    )
+    before, marker, after = read_template("inspection.html").partition("INSPECTED_RECORDS")
     assert marker
     return before + embedded_json({"settings": settings, "records": list(rows)}) + after
-
-
-def _hash(page: str, element: str) -> str:
-    (content,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-    digest = hashlib.sha256(content.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-def _json(value: Any) -> str:
-    # Messages keep what their file said of them, which in Parquet may be a date.
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
-
-
-def embedded_json(value: Any) -> str:
-    """JSON that may stand inside an HTML script element, whatever strings it holds."""
-    text = _json(value)
-    # All of them occur within strings alone, where JSON knows the escape.
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text

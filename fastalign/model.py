@@ -58,25 +58,41 @@ BASE_KEY, NF4 = "base_quantization", "nf4"
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 # Bytes gathered at once when weights leave ZeRO-3 for the engine.
 GATHER_BUCKET_BYTES = 256 << 20
+AS_SAID = "as the recipe says"
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
+    return choose_dtype(config, device)[0]
+
+
+def choose_dtype(config: ModelConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of parameters and arithmetic, why it is that one)."""
     if config.dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype], AS_SAID
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    what = "GPU" if device.type == "cuda" else "CPU"
+    if fast:
+        return torch.bfloat16, f"the {what} has instructions for it"
+    return torch.float32, f"the {what} has no instructions for bfloat16"
 
 
 def resolve_zero_stage(config: Config, world_size: int) -> int:
+    return choose_zero_stage(config, world_size)[0]
+
+
+def choose_zero_stage(config: Config, world_size: int) -> tuple[int, str]:
+    """(ZeRO stage, why it is that one)."""
     if config.zero_stage != "auto":
-        return config.zero_stage
-    # ZeRO-3 cannot spread weights in 4 bits.
-    most = 2 if config.load_in_4bit else 3
-    return most if world_size > 1 else 0
+        return config.zero_stage, AS_SAID
+    if world_size == 1:
+        return 0, "one process"
+    if config.load_in_4bit:
+        return 2, "ZeRO-3 cannot spread weights in 4 bits"
+    return 3, "spreads weights, gradients and optimizer over the processes"
 
 
 def resolve_adapter(config: Config) -> Config:

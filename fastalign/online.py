@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from fastalign.episodes import (
     verdicts_key,
     verdicts_path,
 )
-from fastalign.judge_quality import compare_blind, quality
+from fastalign.judge_quality import Quality, compare_blind, plain, quality
 from fastalign.methods.base import plain_prompt
 from fastalign.model import POLICY, REFERENCE, TrainedModel
 from fastalign.rollout import EngineError, Rollout, RolloutEngine, SamplingSettings
@@ -114,7 +115,7 @@ def push_weights(run: Run) -> None:
             run.version,
         )
     run.synced = report
-    run.tracker.phase(f"sync {report.seconds:.1f} s")
+    run.tracker.phase("sync", f"{report.seconds:.1f} s")
 
 
 def draw(
@@ -499,7 +500,17 @@ def measure_judge(run: Run) -> dict[str, float]:
     check_decision_mass(who, "judge", figures.get("mass", 1.0))
     shown = "  ".join(f"{k} {figures[k]:.3f}" for k in SHOWN_OF_JUDGE if k in figures)
     run.tracker.say(f"judge on {found.pairs} of {len(everything)} pairs: {shown}")
+    if run.rank == 0:
+        _keep_quality(run, version, found)
     return {f"judge_quality/{name}": value for name, value in figures.items()}
+
+
+def _keep_quality(run: Run, version: int, found: Quality) -> None:
+    """What the figures of a judge leave out, for those who read of the run."""
+    folder = Path(run.config.output_dir, "judge-quality")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"version": version, "figures": found.figures(), "calibration": found.calibration}
+    (folder / f"{version}.json").write_text(json.dumps(plain(facts)), encoding="utf-8")
 
 
 def compare(run: Run, judging: judge.PairwiseJudge, episodes: list[Episode]) -> list[Episode]:

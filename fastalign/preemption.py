@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from fastalign import logs
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A scheduler's signal may come to a process twice, directly and from the one that started it.
 AGAIN_S = 2.0
@@ -86,7 +88,7 @@ class Stop:
         self.heard, self._heard_at = signal.Signals(number), now
         if os.environ.get("RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
-            line = f"fastalign: {self.reason}: stopping; once more: at once\n"
+            line = logs.line("note", f"{self.reason}: stopping; once more: at once")
             os.write(sys.stderr.fileno(), line.encode())
         if self._at_once:
             raise Interrupted

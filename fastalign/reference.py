@@ -64,7 +64,7 @@ def score_reference(run: Run, examples: Sequence[Example]) -> list[Example]:
     scored: list[Example] = []
     computed, started = 0, time.monotonic()
     for first in range(0, len(examples), CHUNK):
-        run.tracker.phase(f"reference {first}/{len(examples)}")
+        run.tracker.phase("reference", f"{first}/{len(examples)}")
         chunk = examples[first : first + CHUNK]
         path = cache_folder() / "reference" / f"{_key(base, chunk)}.safetensors"
         values = _from_rank_0(run, _read(path, chunk, run.tracker.say) if run.rank == 0 else None)

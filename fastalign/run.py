@@ -52,6 +52,14 @@ class Ahead:
     sampling: Future[Sampled] | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for the user, and why."""
+
+    value: str
+    why: str = ""
+
+
 @dataclass
 class Run:
     """What the steps of a run share.
@@ -63,7 +71,8 @@ class Run:
     ``reference_pushed``: which version of the reference adapter the engine holds;
     ``synced``: of the policy's weights, or of its adapter, that it was given last, None where it
     holds others by now;
-    ``ahead``: the round that was sampled last before its turn.
+    ``ahead``: the round that was sampled last before its turn;
+    ``chosen``: by name, what the recipe left open or only the start-up could tell.
     """
 
     config: Config
@@ -85,6 +94,12 @@ class Run:
     reference_pushed: int | None = None
     judge_measured: int | None = None
     ahead: Ahead | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict)
+
+    def choose(self, name: str, choice: Choice) -> None:
+        """Note and tell what was chosen."""
+        self.chosen[name] = choice
+        self.tracker.chosen(name, choice.value, choice.why)
 
     @cached_property
     def operations(self) -> Operations:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from fastalign import checkpoint, model_card
+from fastalign.attention import choose_kernel
 from fastalign.batch import Batch, make_batch, plan_batches
 from fastalign.config import Config, ConfigError, JudgeConfig, dump_config
 from fastalign.data import (
+    DataReport,
     Drops,
     Example,
     Record,
@@ -58,6 +61,8 @@ from fastalign.model import (
     POLICY,
     TrainedModel,
     build_model,
+    choose_dtype,
+    choose_zero_stage,
     context_length,
     dropouts,
     init_distributed,
@@ -85,7 +90,7 @@ from fastalign.rollout import (
     make_engine,
 )
 from fastalign.rollout.sync import LEAST_CHANGE, canary
-from fastalign.run import Run, reduce_metrics
+from fastalign.run import Choice, Run, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
 from fastalign.timeline import Timeline, peak_memory, peak_operations
 from fastalign.tracking import Tracker
@@ -135,21 +140,23 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
     renderers = make_renderers(config, tokenizer, config.judge, method.judge_kind)
     eval_renderers = make_renderers(config, tokenizer, config.eval_judge)
     judge_renderers = _model_judges(config, method)
-    records, held_out, data_lines = load_data(config, method)
-    judge_pairs, judge_lines = load_judge_pairs(config)
-    data_lines += judge_lines
+    records, held_out, reports = load_data(config, method)
+    judge_pairs, judge_reports = load_judge_pairs(config)
+    reports |= judge_reports
+    data_lines = report_lines(reports)
     if config.online is None:
         data_lines += token_lines([*records, *held_out], renderers)
     rounds = plan_rounds(config, method, records, renderers)
     if config.eval_steps and not held_out:
         raise ConfigError("eval_steps needs held-out data: set eval_datasets or eval_ratio")
     evaluation: list[Example] = []
+    eval_drops = Drops()
     if config.online is not None and held_out:
-        held_out, drops = check_prompts(held_out, renderers, config, plain_prompt)
-        data_lines += [f"eval: dropped {line}" for line in drops.lines()]
+        held_out, eval_drops = check_prompts(held_out, renderers, config, plain_prompt)
     elif held_out:
-        evaluation, drops = make_examples(method, held_out, renderers, config)
-        data_lines += [f"eval: dropped {line}" for line in drops.lines()]
+        evaluation, eval_drops = make_examples(method, held_out, renderers, config)
+    data_lines += [f"eval: dropped {line}" for line in eval_drops.lines()]
+    data_counts = count_data(reports, rounds, len(evaluation or held_out), eval_drops)
     identity = model_card.identify(config) if rank == 0 else {}
 
     tracker = Tracker(config, rank, rounds.total_steps)
@@ -161,6 +168,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
         asked |= make_endpoints(config, method)
         # Engines load before the model: loading must not see ZeRO-3's sharded construction.
         if config.online is not None:
+            tracker.phase("engine")
             engine = _make_engine(config, device, method, renderers, eval_renderers)
             asked |= _make_judge_models(config, device, method, judge_renderers, tracker)
         needs_reference = wants_reference(config, method)
@@ -169,6 +177,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
                 "online.rounds_per_reference is set, but nothing in this run has a reference: no "
                 "self judge, no loss and no evaluation compares with one; leave it out"
             )
+        tracker.phase("model")
         model = build_model(config, device=device, needs_reference=needs_reference)
         run = Run(
             config,
@@ -185,6 +194,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
             stop,
             identity,
         )
+        tracker.phase("check")
         check_start(run)
         if config.online is None and method.needs_reference:
             rounds = _score_reference(run, rounds)
@@ -200,18 +210,19 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
             tracker.say(f"no checkpoint in {config.output_dir}: starting from the beginning")
         if found is None and config.online is not None and config.online.fresh_adapter:
             checkpoint.save_start(model, config.output_dir)
+        facts: dict[str, Any] = {}
         if rank == 0:
             Path(config.output_dir, "recipe.yaml").write_text(dump_config(config), encoding="utf-8")
+            facts = model_card.begin(config, identity, run.chosen, data_counts, rounds.total_steps)
         evaluate = Evaluator(run, evaluation, held_out, eval_renderers)
         stop.started()
         with Profiler(config, rank, tracker.say) as profiler:
             metrics = run_rounds(run, rounds, position, pending, evaluate, profiler)
+        tracker.phase("save")
         checkpoint.save_result(model, tokenizer, Path(config.output_dir))
         if rank == 0:
-            model_card.write(
-                config, metrics, identity, dtype=model.dtype, zero_stage=model.zero_stage
-            )
-        tracker.say(f"done: {config.output_dir}")
+            model_card.write(config, metrics, facts)
+        tracker.done(metrics)
         return metrics
     finally:
         tracker.close()
@@ -265,10 +276,13 @@ class Rounds:
     examples: list[Example]
     prompts: list[Record]
     lines: list[str]
+    counts: dict[str, Any]
 
 
-def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record], list[str]]:
-    """Training and held-out records, and what to tell of them."""
+def load_data(
+    config: Config, method: Method
+) -> tuple[list[Record], list[Record], dict[str, DataReport]]:
+    """Training and held-out records, and what became of the rows, by what they are for."""
     wants = eval_wants = method.wants
     if config.online is not None:
         assert method.online_wants is not None
@@ -277,7 +291,7 @@ def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record
     records, report = load_records(
         config.datasets, strict=config.strict, seed=config.seed, want=wants
     )
-    lines = report.lines()
+    reports = {"train": report}
     if config.eval_datasets:
         held_out, eval_report = load_records(
             config.eval_datasets, strict=config.strict, seed=config.seed, want=eval_wants
@@ -285,7 +299,7 @@ def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record
         # Their renderers follow those of the training data.
         first = len(config.datasets)
         held_out = [replace(record, dataset=first + record.dataset) for record in held_out]
-        lines += [f"eval: {line}" for line in eval_report.lines()]
+        reports["eval"] = eval_report
     else:
         records, held_out = split_records(records, config.eval_ratio, config.seed)
         if config.online is not None:
@@ -293,7 +307,34 @@ def load_data(config: Config, method: Method) -> tuple[list[Record], list[Record
                 replace(record, kind="prompt", completion=None, judgment=None)
                 for record in held_out
             ]
-    return records, held_out, lines
+    return records, held_out, reports
+
+
+def report_lines(reports: Mapping[str, DataReport]) -> list[str]:
+    """What to tell of the rows of each part; those of training need no name."""
+    return [
+        line if part == "train" else f"{part}: {line}"
+        for part, report in reports.items()
+        for line in report.lines()
+    ]
+
+
+def count_data(
+    reports: Mapping[str, DataReport], rounds: Rounds, held_out: int, eval_drops: Drops
+) -> dict[str, Any]:
+    """What became of rows and examples, for the files of the run."""
+    sources = [
+        {
+            "part": part,
+            **{key: getattr(source, key) for key in ("path", "kind", "rows", "usable", "records")},
+            "negative": source.negative if source.kind == "judged" else None,
+            "dropped": source.drops.counts,
+        }
+        for part, report in reports.items()
+        for source in report.sources
+    ]
+    held = {"used": held_out, "dropped": eval_drops.counts}
+    return {"sources": sources, "train": rounds.counts, "eval": held if held_out else None}
 
 
 def make_renderers(
@@ -313,16 +354,16 @@ def make_renderers(
     ]
 
 
-def load_judge_pairs(config: Config) -> tuple[list[Record], list[str]]:
-    """The pairs that the judge is measured on, and what to tell of them."""
+def load_judge_pairs(config: Config) -> tuple[list[Record], dict[str, DataReport]]:
+    """The pairs that the judge is measured on, and what became of the rows."""
     if not config.judge_datasets:
-        return [], []
+        return [], {}
     records, report = load_records(
         config.judge_datasets, strict=config.strict, seed=config.seed, want="preference"
     )
     first = len(config.datasets) + len(config.eval_datasets)
     records = [replace(record, dataset=first + record.dataset) for record in records]
-    return records, [f"judge: {line}" for line in report.lines()]
+    return records, {"judge": report}
 
 
 def token_lines(records: Sequence[Record], renderers: Sequence[Renderer]) -> list[str]:
@@ -409,7 +450,9 @@ def plan_rounds(
 ) -> Rounds:
     """Epochs of examples offline, iterations over prompts online."""
     if config.online is None:
+        already = method.truncated
         examples, drops = make_examples(method, records, renderers, config)
+        truncated = method.truncated - already
         before = len(examples)
         examples = method.select(examples, config.seed)
         if not examples:
@@ -423,7 +466,17 @@ def plan_rounds(
         tokens = sum(len(s.input_ids) for e in examples for s in e.streams)
         lines = [f"{len(examples)} examples, {tokens} tokens, {total} steps"]
         lines += [f"  dropped {line}" for line in drops.lines()]
-        return Rounds(math.ceil(total / per_round), per_round, total, examples, [], lines)
+        if truncated:
+            lines.append(f"  answers cut at max_length = {config.max_length}: {truncated}")
+        counts = {
+            "unit": "examples",
+            "used": len(examples),
+            "not_selected": before - len(examples),
+            "tokens": tokens,
+            "truncated": truncated,
+            "dropped": drops.counts,
+        }
+        return Rounds(math.ceil(total / per_round), per_round, total, examples, [], lines, counts)
     online = config.online
     records, drops = check_prompts(records, renderers, config, method.rollout_prompt)
     available = math.floor(len(records) * config.num_train_epochs / online.prompts_per_iteration)
@@ -445,7 +498,8 @@ def plan_rounds(
     total = config.max_steps or count * per_round
     lines = [f"{len(records)} prompts, {count} rounds of {online.prompts_per_iteration}"]
     lines += [f"  dropped {line}" for line in drops.lines()]
-    return Rounds(count, per_round, total, [], order, lines)
+    counts = {"unit": "prompts", "used": len(records), "dropped": drops.counts}
+    return Rounds(count, per_round, total, [], order, lines, counts)
 
 
 def _score_reference(run: Run, rounds: Rounds) -> Rounds:
@@ -640,34 +694,52 @@ def check_start(run: Run) -> None:
         if unshared is None and model.reference_engine is not None:
             unshared = share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
-    trainable = sum(
-        getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
-    )
-    threads = f" of {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    base = " on a base in NF4" if run.config.load_in_4bit else ""
-    say(
-        f"model {run.config.model_name_or_path}: {str(model.dtype).removeprefix('torch.')}{base}, "
-        f"ZeRO {model.zero_stage}, {run.world_size} process(es){threads}, "
-        f"{trainable:,} trainable parameters"
-    )
-    say("packed attention, no padding" if unpacked is None else f"unpacked: {unpacked}")
-    if model.shares_prefixes:
-        say(
-            "what the streams of an example begin with is computed once"
-            + _same_dropout(model.policy)
-        )
-    elif unshared is not None:
-        say(f"each stream is computed from its start: {unshared}")
-    say(
-        f"log-probs and losses run in {default_implementation(model.device, model.dtype)}, and "
-        f"agree with the model's own logits (mean difference {gap:.1e})"
-    )
+    for name, choice in _choices(run, unpacked, unshared, gap).items():
+        run.choose(name, choice)
     cut = run.config.cut
     if run.config.method == "cut" and cut.misalign and (cut.lambda_ <= 1 or not cut.detection):
         why = f"cut.lambda = {cut.lambda_} is at most 1" if cut.detection else "no cut.detection"
         say(f"{why}: the penalty's slope is unbounded where the model is certain")
     if run.engine is not None:
         _check_sync(run, words)
+
+
+def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -> dict[str, Choice]:
+    """What a step runs on, and why."""
+    config, model = run.config, run.model
+    trainable = sum(
+        getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if config.load_in_4bit:
+        dtype += " on a base in NF4"
+    threads = "torch's default"
+    if "OMP_NUM_THREADS" in os.environ:
+        threads = f"OMP_NUM_THREADS = {os.environ['OMP_NUM_THREADS']}"
+    kernel, why = choose_kernel(model.device, model.dtype)
+    chosen = {
+        "model": Choice(f"{config.model_name_or_path}, {trainable:,} trainable parameters"),
+        "dtype": Choice(dtype, choose_dtype(config, model.device)[1]),
+        "processes": Choice(f"{run.world_size} on {model.device.type}"),
+        "ZeRO stage": Choice(str(model.zero_stage), choose_zero_stage(config, run.world_size)[1]),
+        "threads": Choice(f"{torch.get_num_threads()} a process", threads),
+        "attention": (
+            Choice(f"packed, no padding, by {kernel}", why)
+            if unpacked is None
+            else Choice("one sequence at a time", f"unpacked: {unpacked}")
+        ),
+    }
+    if model.shares_prefixes:
+        what = "what the streams of an example begin with is computed once"
+        chosen["prefixes"] = Choice("shared", what + _same_dropout(model.policy))
+    elif unshared is not None:
+        chosen["prefixes"] = Choice("each stream is computed from its start", unshared)
+    name, why = default_implementation(model.device, model.dtype), "on a GPU"
+    if name == "torch":
+        why = "no GPU" if model.device.type == "cpu" else "triton is not installed"
+    agree = f"they agree with the model's own logits, mean difference {gap:.1e}"
+    chosen["kernels"] = Choice(f"log-probs and losses in {name}", f"{why}; {agree}")
+    return chosen
 
 
 def _same_dropout(policy: torch.nn.Module) -> str:
@@ -714,9 +786,8 @@ def _check_sync(run: Run, words: np.ndarray) -> None:
     # A run that is resumed within a round trains before it samples.
     engine.sleep()
     _, why = choose_engine(run.config.rollout, run.config.load_in_4bit)
-    run.tracker.say(
-        f"rollouts by {engine.name} ({why}): weight sync proven by content and by canary"
-    )
+    proven = "weight sync proven by content and by canary"
+    run.choose("rollouts", Choice(f"by {engine.name}, {proven}", why))
 
 
 def _visible_strength(
@@ -848,11 +919,31 @@ def new_round(
         sample_ahead(run, rounds.prompts, position.round + 1)
     collected |= measured | timings
     run.tracker.log(position.step, collected, show=False)
+    run.tracker.say(f"round {position.round + 1} of {rounds.count}: {_round_figures(collected)}")
     if not examples:
         run.tracker.say(f"round {position.round + 1} of {rounds.count}: nothing to train on")
     elif run.config.online is not None and run.config.online.fresh_adapter and position.round:
         checkpoint.load_start(run.model, run.config.output_dir)
     return examples, collected
+
+
+def _round_figures(collected: Mapping[str, float]) -> str:
+    """What a round drew, for people: shares, and where the time went."""
+    parts = [
+        f"{collected['rollout/examples']:.0f} examples",
+        f"mean length {collected['rollout/mean_length']:.0f}",
+    ]
+    shares = {
+        "rollout/truncated": "at the length limit",
+        "judge/negatives": "criticised",
+        "judge/abstained": "abstained",
+        "judge/flipped": "flipped",
+        "judge/failed": "not judged",
+    }
+    parts += [f"{collected[k]:.0%} {name}" for k, name in shares.items() if collected.get(k)]
+    times = {"time/sync": "sync", "time/rollout": "rollout", "time/judge": "judge"}
+    parts += [f"{name} {collected[k]:.1f} s" for k, name in times.items() if k in collected]
+    return ", ".join(parts)
 
 
 def _samples_ahead(

@@ -152,10 +152,10 @@ class Rank:
         os.environ.update(group, RANK=str(self.rank), LOCAL_RANK=str(self.rank))
         shown, save = Tracker.phase, checkpoint.save_checkpoint
 
-        def phase(tracker: Tracker, name: str) -> None:
+        def phase(tracker: Tracker, name: str, detail: str = "") -> None:
             if name in PHASES:
                 self.begin(name)
-            shown(tracker, name)
+            shown(tracker, name, detail)
 
         def save_checkpoint(*arguments: Any) -> Path:
             self.begin("save")

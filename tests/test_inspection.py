@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pages import CHROMIUM, HOSTILE, Page, check_inert, colours, drawn_by_chromium, luminance, ratio
 from support import recipe, rows, start, write_rows
 
 import fastalign.train as loop
@@ -25,18 +21,6 @@ from fastalign.cli import main
 from fastalign.config import Config, ConfigError
 from fastalign.data import load_records
 from fastalign.inspection import PAGE, RECORDS, embedded_json, inspect, make_page, write
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-# Each would do something where it is taken for markup, script or a placeholder of the page's.
-HOSTILE = (
-    "</script><script>document.title='taken'</script>",
-    "<!--<script>",
-    "]]><img src=x onerror=\"document.title='taken'\">",
-    "&lt;b&gt; & <b>",
-    "line\u2028and\u2029paragraph, \u202e reversed, \x00\x1b[31m",
-    "`${document.title='taken'}` \\u003c \\ \" '",
-    "INSPECTED_RECORDS CONTENT_SECURITY_POLICY",
-)
 
 
 @pytest.fixture(scope="module")
@@ -218,38 +202,6 @@ def test_mistakes_are_one_line(tiny_llama, tmp_path, capsys):
 # --------------------------------------------------------------------------------------- the page
 
 
-class Page(HTMLParser):
-    """What a browser would find in a page: its elements, and what is in script and style."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.contents: list[tuple[str, dict[str, str | None], str]] = []
-
-    @classmethod
-    def of(cls, text: str) -> Page:
-        page = cls()
-        page.feed(text)
-        page.close()
-        return page
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.contents.append((tag, dict(attrs), ""))
-
-    def handle_data(self, data):
-        # In these two the parser, like a browser, sees no tag but their own end.
-        if self.cdata_elem:
-            tag, attrs, text = self.contents[-1]
-            self.contents[-1] = (tag, attrs, text + data)
-
-    @property
-    def data(self) -> Any:
-        (text,) = [text for _, attrs, text in self.contents if attrs.get("id") == "data"]
-        return json.loads(text)
-
-
 def row(tokens: list[tuple[str, float, float | None]], judgment: str | None = "No.", **keys: Any):
     """A written record, flagged at lambda 1.3."""
     return {
@@ -301,20 +253,7 @@ def test_strangers_text_stays_data(tmp_path):
 def test_the_page_loads_nothing_and_runs_its_own_script_alone():
     text, _ = hostile_page()
     page = Page.of(text)
-    (policy,) = [
-        str(attrs["content"])
-        for tag, attrs in page.elements
-        if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
-    ]
-    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
-    for tag in ("script", "style"):
-        (content,) = [c for name, attrs, c in page.contents if name == tag and not attrs]
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-    for tag, attrs in page.elements:
-        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
-        assert not [name for name in attrs if name == "src" or name.startswith("on")]
-        assert attrs.get("href", "#").startswith("#")
+    check_inert(page)
     template = re.sub(r'"INSPECTED_RECORDS.*', "", text)
     assert "@import" not in template and "url(" not in template
 
@@ -322,22 +261,6 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone():
 def test_numbers_that_are_none_never_reach_the_page():
     with pytest.raises(ValueError, match="Out of range"):
         make_page(SETTINGS, [row([("x", math.nan, -1.0)])])
-
-
-def colours(page: str, dark: bool) -> dict[str, tuple[float, float, float]]:
-    light_part, dark_part = re.findall(r":root \{(.*?)\}", page, re.DOTALL)
-    found = re.findall(r"--([a-z0-9]+): #([0-9a-f]{6})", light_part + (dark_part if dark else ""))
-    return {name: tuple(int(v[i : i + 2], 16) / 255 for i in (0, 2, 4)) for name, v in found}
-
-
-def luminance(colour: tuple[float, float, float]) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-
-def ratio(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -426,27 +349,17 @@ def test_a_browser_draws_it_and_takes_no_text_for_markup(tmp_path):
     settings = json.loads(re.findall(r'"settings": (\{.*?\}), "records"', text)[0])
     page = tmp_path / PAGE
     page.write_text(make_page(settings, written), encoding="utf-8")
-    options = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--disable-quic",
-        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [str(CHROMIUM), *options, page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    drawn = Page.of(done.stdout)
+    text = drawn_by_chromium(page, tmp_path)
+    drawn = Page.of(text)
     tags = [tag for tag, _ in drawn.elements]
-    assert (
-        "img" not in tags and tags.count("script") == 2 and "<title>What CUT flags<" in done.stdout
-    )
+    assert "img" not in tags and tags.count("script") == 2 and "<title>What CUT flags<" in text
     tokens = [attrs for _, attrs in drawn.elements if attrs.get("role") == "option"]
     assert len(tokens) == 2 * len(HOSTILE) + 1
     flagged = [attrs for attrs in tokens if "flagged" in str(attrs["class"]).split()]
     assert len(flagged) == 2 * len(HOSTILE)
     # One stop of the Tab key a response; the arrow keys do the rest.
     assert [attrs["tabindex"] for attrs in tokens].count("0") == len(HOSTILE) + 1
-    assert f"{2 * len(HOSTILE)} of {2 * len(HOSTILE)} tokens flagged, 100.0 %" in done.stdout
+    assert f"{2 * len(HOSTILE)} of {2 * len(HOSTILE)} tokens flagged, 100.0 %" in text
 
 
 # ------------------------------------------------------------------------------------------ ends

@@ -343,7 +343,7 @@ def test_qwen3_5_trains_unpacked_and_says_so(qwen3_5, tmp_path, capfd):
     }
     metrics = train(recipe("sft", qwen3_5, tmp_path, **keys))
     said = capfd.readouterr().err
-    assert "unpacked: Qwen3_5ForCausalLM" in said and "packed attention, no padding" not in said
+    assert "unpacked: Qwen3_5ForCausalLM" in said and "packed, no padding" not in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer.apply_chat_template(

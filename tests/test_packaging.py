@@ -85,6 +85,7 @@ def test_sdist_holds_what_a_build_and_its_tests_need(sdist):
         "csrc/tests/check.h",
         "fastalign/_bridge.pyi",
         "fastalign/inspection.html",
+        "fastalign/report.html",
         "kernels/fastalign_kernels/__init__.py",
         "tests/conftest.py",
         "mkdocs.yml",
@@ -103,7 +104,7 @@ def test_wheel_holds_both_packages_and_the_extension(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"fastalign/__init__.py", "fastalign/_bridge.pyi", "fastalign/py.typed"} <= names
-    assert "fastalign/inspection.html" in names
+    assert {"fastalign/inspection.html", "fastalign/report.html"} <= names
     assert "fastalign_kernels/__init__.py" in names
     assert [name for name in names if name.startswith("fastalign/_bridge.") and ".so" in name]
     # A package named kernels would shadow the one that transformers imports.
@@ -342,7 +343,7 @@ PART = 1
 LAYERS = {
     "_compat": 0, "_bridge": 0, "printing": 0, "config": 0, "train": 2,
     "demo": 3, "inspection": 3, "data_check": 3, "eval_pairs": 3, "eval_wins": 3, "eval_tasks": 3,
-    "plan": 3,
+    "plan": 3, "report": 3,
     "commands": 4, "cli": 5, "__main__": 6,
     "errors": 0, "doctor": 3, "schema": 3, "export": 3, "new_recipe": 3,
 }  # fmt: skip

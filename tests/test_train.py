@@ -658,7 +658,8 @@ def test_the_result_is_what_was_trained(tiny_llama, tmp_path, monkeypatch, lora)
     assert facts["declared_licenses"] == licences
     assert parse_config(facts["recipe"]) == config
     assert facts["metrics"] == metrics and "rewards/margins" in metrics
-    assert facts["chosen"] == {"dtype": "torch.float32", "zero_stage": "0"}
+    assert facts["chosen"]["dtype"] == {"value": "float32", "why": "as the recipe says"}
+    assert facts["chosen"]["ZeRO stage"] == {"value": "0", "why": "as the recipe says"}
 
     card = (out / "README.md").read_text()
     header, body = card.removeprefix("---\n").split("\n---\n", 1)

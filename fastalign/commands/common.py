@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastalign import logs
 from fastalign.errors import ConfigError
 from fastalign.printing import printable
 
@@ -90,4 +91,4 @@ def complain(message: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_S)
-    print(f"fastalign: {printable(message)}", file=sys.stderr, flush=True)
+    print(logs.line("error", printable(message)), file=sys.stderr, end="", flush=True)

@@ -60,7 +60,15 @@ def add(commands: Any) -> None:
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint of output_dir"
     )
-    train.set_defaults(run=run, torchrun_options=[])
+    voice = train.add_mutually_exclusive_group()
+    for name, said in (
+        ("quiet", "say on stderr what is wrong, and nothing else"),
+        ("json-logs", "progress as JSON on stderr, one object a line"),
+    ):
+        voice.add_argument(
+            f"--{name}", dest="logs", action="store_const", const=name.split("-")[0], help=said
+        )
+    train.set_defaults(run=run, torchrun_options=[], logs="plain")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,7 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
         processes = _processes(config)
         if processes > 1 or arguments.torchrun_options:
             try:
-                return _torchrun(processes, arguments.torchrun_options, arguments.recipe, overrides)
+                flags = {"plain": [], "quiet": ["--quiet"], "json": ["--json-logs"]}
+                own = [arguments.recipe, *overrides, *flags[arguments.logs]]
+                return _torchrun(processes, arguments.torchrun_options, own)
             except Interrupted:
                 complain(f"paused: a signal {TOO_EARLY}")
                 return PAUSED
@@ -168,8 +178,9 @@ def _processes(config: Config) -> int:
     return max(torch.cuda.device_count() - taken, 1)
 
 
-def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[str]) -> int:
-    """Start one process for each rank and wait; a rank's exit code becomes ours.
+def _torchrun(processes: int, options: list[str], arguments: list[str]) -> int:
+    """Start one process for each rank, by ``arguments`` of ``fastalign train``, and wait; a rank's
+    exit code becomes ours.
 
     SIGTERM and SIGINT are the ranks' to answer, which need their time for it: they are passed on,
     where torchrun would kill the ranks soon after.
@@ -207,8 +218,7 @@ def _torchrun(processes: int, options: list[str], recipe: str, overrides: list[s
                         "--module",
                         "fastalign",
                         "train",
-                        recipe,
-                        *overrides,
+                        *arguments,
                     ]
                 )
             )

@@ -43,6 +43,7 @@ class Method(Protocol):
         compares: which of its rollouts a pairwise judge compares: all with each other, or those
             that meet in a knockout tournament.
         needs_reference: whether the loss compares with the frozen start of the run.
+        truncated: how many answers it has cut at ``max_length``.
     """
 
     @property
@@ -59,6 +60,9 @@ class Method(Protocol):
 
     @property
     def needs_reference(self) -> bool: ...
+
+    @property
+    def truncated(self) -> int: ...
 
     def from_record(self, record: Record, renderer: Renderer) -> list[Example]:
         """Streams of one row of a dataset; raises :class:`Dropped`."""
@@ -124,6 +128,7 @@ class BaseMethod:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.settings: Any = read_settings(type(self), config)
+        self.truncated = 0
         name = f"method = {config.method!r}"
         if config.online is None:
             if not self.wants:
@@ -184,6 +189,7 @@ class BaseMethod:
         fitted = fit_stream(stream, self.config.max_length)
         if isinstance(fitted, str):
             raise Dropped(fitted)
+        self.truncated += len(fitted) < len(stream)
         return fitted
 
     def fit(self, prompt_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
@@ -191,6 +197,7 @@ class BaseMethod:
         fitted = fit(prompt_ids, completion_ids, self.config.max_length)
         if isinstance(fitted, str):
             raise Dropped(fitted)
+        self.truncated += len(fitted) < len(completion_ids)
         return fitted
 
 
