@@ -162,9 +162,6 @@ class ServerConfig(_Strict):
     )
     port: PositiveInt | None = Field(None, description="On this machine; null: a free one.")
     start_timeout_s: PositiveFloat = Field(600.0, description="Until it answers.")
-    timeout_s: PositiveFloat = Field(
-        3600.0, description="Of one request: at most a rank's share of a round."
-    )
 
 
 class RolloutConfig(_Strict):
@@ -176,6 +173,11 @@ class RolloutConfig(_Strict):
         "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
     server: ServerConfig = ServerConfig()
+    timeout_s: PositiveFloat = Field(
+        3600.0,
+        description="So long may an engine inside the trainer's process finish not one completion, "
+        "and a server leave a call (a process's share of a round) unanswered.",
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4
     kv_cache_gib: PositiveFloat = Field(1.0, description="Key-value cache of vLLM on a CPU.")
     max_num_seqs: PositiveInt = Field(64, description="Sequences decoded at once.")

@@ -790,9 +790,7 @@ def _telling_of_locks() -> Iterator[None]:
         extensions = sys.modules.get("torch.utils.cpp_extension")
         if not waiting or extensions is None:
             return
-        root = Path(
-            os.environ.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root()
-        )
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or extensions.get_default_build_root())
         for lock in sorted(root.glob("**/lock")):
             print(
                 f"fastalign: waiting for {lock}: a process that compiles DeepSpeed's operations "
