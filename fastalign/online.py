@@ -55,17 +55,16 @@ FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
 def ask(run: Run, work: Callable[[], T]) -> T:
-    """What ``work``, which asks engines, returns; collective, and every rank succeeds or none.
+    """What ``work``, which asks engines, returns; collective.
 
     Where an engine fails on any rank and can be started anew, all ranks do that, send it the
     current weights, and work once more: a rank whose calls are in journals has their answers.
 
-    Behind the first call of an engine ``work`` must not wait for other ranks, but where the engine
-    itself is collective or fails for all of them alike: one that failed would not come.
+    Behind its first call of an engine ``work`` must not wait for other ranks, but inside of engines
+    and in what fails on all of them alike: one that failed would not come.
 
     Raises:
-        EngineError: the failure is none that a new start would mend, or is the second one; what
-            one rank raised all do.
+        EngineFault: on all ranks, an engine of any cannot be started anew, or has failed again.
     """
     try:
         return _together(work)
@@ -89,21 +88,21 @@ def ask(run: Run, work: Callable[[], T]) -> T:
 
 
 def _together(work: Callable[[], T]) -> T:
-    failure: EngineError | None = None
+    """What ``work`` returns; an :class:`EngineFault` of any rank is raised on all of them."""
+    fault: EngineFault | None = None
     try:
         result = work()
-    except EngineError as error:
-        failure = error
-    failures = [found for part in _gather_objects([failure]) for found in part if found is not None]
-    if failures:
-        # What no new start mends, before what one might.
-        raise min(failures, key=lambda found: isinstance(found, EngineFault))
+    except EngineFault as error:
+        fault = error
+    found = next((f for part in _gather_objects([fault]) for f in part if f is not None), None)
+    if found is not None:
+        raise found
     return result
 
 
 def wake(run: Run) -> None:
     """Wake the engine and give it the current weights, and the reference's where they are new;
-    what it still samples with the last ones is waited for.
+    what it still samples with the last ones is waited for.  Collective, as :func:`ask` wants it.
 
     Under LoRA only the policy's adapter travels, so the base and the reference's adapter have to
     outlive every sleep: their log-probs on a fixed prompt are what they were when they came.
@@ -113,11 +112,17 @@ def wake(run: Run) -> None:
     """
     assert run.engine is not None
     finish_ahead(run)
-    run.engine.wake()
-    push_weights(run)
-    if not run.model.uses_adapter:
-        return
-    _push_reference(run)
+    # Between these, ranks gather weights.
+    _together(run.engine.wake)
+    _together(partial(push_weights, run))
+    if run.model.uses_adapter:
+        _together(partial(_push_reference, run))
+        _check_frozen(run)
+
+
+def _check_frozen(run: Run) -> None:
+    """See :func:`wake`."""
+    assert run.engine is not None
     prompt, tokens = FROZEN_PROBE
     # The base alone, and the adapter on it that stays.
     for name in (None, REFERENCE) if run.model.has_reference_adapter else (None,):

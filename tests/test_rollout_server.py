@@ -29,6 +29,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign.train as loop
+from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
 from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine
@@ -412,6 +413,10 @@ def make_it_older(config: Config) -> None:
     path = checkpoint_of(config) / "ahead.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"weights_round": record["weights_round"] - 1}))
+    manifest = path.with_name(checkpoint.MANIFEST)
+    files = json.loads(manifest.read_text())["files"] | {path.name: checkpoint._hash(path)}
+    signed = {"files": files, "sha256": checkpoint._hash_of(files)}
+    manifest.write_text(json.dumps(signed))
 
 
 @pytest.mark.parametrize(

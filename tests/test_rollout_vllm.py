@@ -655,7 +655,7 @@ def test_what_goes_wrong_inside_vllm_ends_the_engine(tiny_llama):
         made.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
     hook.remove()
     # What was queued is queued still.
-    with pytest.raises(EngineFault, match="cannot be used any more: OutOfMemoryError"):
+    with pytest.raises(EngineError, match="cannot be used any more: OutOfMemoryError"):
         made.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
     assert not made.lost()
     made.close()

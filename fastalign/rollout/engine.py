@@ -27,7 +27,10 @@ class EngineError(RuntimeError):
 
 
 class EngineFault(EngineError):
-    """The engine died, hung or answered what no model says: started anew it may be sound."""
+    """The engine died, hung or answered what no model says: started anew it may be sound.
+
+    Whoever raises it leaves no other rank waiting inside the engine.
+    """
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,10 @@ class _Ranks:
             self._group, _ = dist.new_subgroups(size, backend="gloo", timeout=_PATIENCE)
         self.index = 0 if self._group is None else dist.get_rank(self._group)
 
+    @property
+    def shared(self) -> bool:
+        return self._group is not None
+
     def shared_memory(self) -> list[Path]:
         """What vLLM's CPU backend joins them through.  Under torchrun it is named after the ranks'
         numbers alone, alike in every run of a machine, and stays when a run is killed."""
@@ -273,7 +277,10 @@ class VllmEngine:
         common = sampling_arguments(settings)
         params = [SamplingParams(**common, seed=seed) for seed in seeds]
         version = self._version if adapter is None else self._adapters[adapter].version
-        rollouts = [_rollout(output, version) for output in self._run(prompts, params, adapter)]
+        outputs = self._run(prompts, params, adapter)
+        if any(list(x.logprobs.token_ids) != list(x.token_ids) for x in outputs):
+            raise self._failed("its log-probs belong to other tokens than it sampled")
+        rollouts = [_rollout(output, version) for output in outputs]
         wrong = nonsense(rollouts, settings, self._vocab_size)
         if wrong is not None:
             raise self._failed(wrong)
@@ -465,11 +472,13 @@ class VllmEngine:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineFault(f"the vLLM engine cannot be used any more: {self._dead}")
+            raise EngineError(f"the vLLM engine cannot be used any more: {self._dead}")
 
-    def _failed(self, why: str) -> EngineFault:
+    def _failed(self, why: str) -> EngineError:
         self._dead = why
-        return EngineFault(f"vLLM failed: {why}")
+        # Others that share the engine may be stuck in it.
+        kind = EngineError if self._ranks.shared else EngineFault
+        return kind(f"vLLM failed: {why}")
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -531,7 +540,7 @@ class VllmEngine:
         for row, hashes in enumerate(zip(*found, strict=True)):
             if len(set(hashes)) > 1:
                 self._dead = "its ranks do not compute the same"
-                raise EngineFault(
+                raise EngineError(
                     f"the {len(hashes)} ranks that share the vLLM engine got different answers to "
                     f"prompt {row} of {len(outputs)}: they do not hold the same weights, or do not "
                     "run the same kernels"
@@ -644,8 +653,6 @@ def scoring_arguments(token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _rollout(output: Any, version: int) -> Rollout:
-    if list(output.logprobs.token_ids) != list(output.token_ids):
-        raise EngineFault("vLLM's log-probs belong to other tokens than it sampled")
     return Rollout(
         token_ids=np.asarray(output.token_ids, dtype=np.int32),
         logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
