@@ -33,7 +33,7 @@ from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
 from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine
-from fastalign.rollout.server import CALL, ServerEngine, last_words
+from fastalign.rollout.server import CALL, ServerEngine, end_group, last_words
 from fastalign.train import train
 
 pytestmark = [pytest.mark.usefixtures("quiet_process"), pytest.mark.slow]
@@ -551,6 +551,30 @@ def test_a_server_ends_with_the_process_that_started_it(sharp_llama, tmp_path):
     server.stdin.close()
     assert server.wait(20) in (-signal.SIGTERM, -signal.SIGKILL) and gone(server.pid)
     assert not folder.exists()
+
+
+SHARES = """
+import signal
+from multiprocessing import resource_tracker, shared_memory
+
+made = shared_memory.SharedMemory(create=True, size=4096)
+# Nobody else removes it.
+resource_tracker.unregister(made._name, "shared_memory")
+print(made.name, flush=True)
+signal.pause()
+"""
+
+
+def test_what_the_processes_of_a_server_shared_goes_with_them():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SHARES], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    path = Path("/dev/shm", process.stdout.readline().decode().strip())
+    assert path.exists()
+    os.killpg(process.pid, signal.SIGSTOP)
+    end_group(process)
+    assert gone(process.pid) and not path.exists()
 
 
 def test_a_server_answers_nobody_else(engine):

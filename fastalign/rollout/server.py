@@ -383,6 +383,8 @@ class ServerEngine:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Sockets, which a process that is killed leaves.
+            "VLLM_RPC_BASE_PATH": str(self._folder),
             # A call repeats to the bit on so many threads.
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
@@ -700,6 +702,7 @@ def server_arguments(
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a group, and whatever is left of the group."""
+    shared = shared_memory(process.pid)
     process.terminate()
     with contextlib.suppress(ProcessLookupError):
         # One that was stopped hears nothing else.
@@ -710,6 +713,19 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def shared_memory(group: int) -> set[Path]:
+    """What the processes of a group share by name, as Python makes it: who is killed leaves it."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                places = re.findall(r"/dev/shm/psm_\w+", (process / "maps").read_text())
+                found |= {Path(place) for place in places}
+    return found
 
 
 _COLOCATED = ("use_tqdm_on_load", "enable_sleep_mode")
