@@ -637,12 +637,12 @@ _FREE_ENDPOINT = {
     "api_key_env", "max_concurrency", "max_retries", "timeout_s", "input_cost_per_million",
     "output_cost_per_million", "max_cost", "max_requests",
 }  # fmt: skip
-# Of a vLLM server: how it is reached.
-_FREE_SERVER = {"port", "start_timeout_s", "timeout_s"}
+# Of an engine: how it is reached, and how long it is waited for.
+_FREE_ROLLOUT = {"timeout_s": True, "server": {"port", "start_timeout_s"}}
 
 
 def _check_same_run(saved: Config, config: Config, path: Path) -> None:
-    free = {"judge": {"endpoint": _FREE_ENDPOINT}, "rollout": {"server": _FREE_SERVER}}
+    free: Any = {"judge": {"endpoint": _FREE_ENDPOINT}, "rollout": _FREE_ROLLOUT}
     before, now = (c.model_dump(mode="json", by_alias=True, exclude=free) for c in (saved, config))
     for tree in (before, now):
         # Wherever a file of code lies, its content is compared.

@@ -166,9 +166,6 @@ class ServerConfig(Strict):
     )
     port: PositiveInt | None = Field(None, description="On this machine; null: a free one.")
     start_timeout_s: PositiveFloat = Field(600.0, description="Until it answers.")
-    timeout_s: PositiveFloat = Field(
-        3600.0, description="Of one request: at most a rank's share of a round."
-    )
 
 
 class RolloutConfig(Strict):
@@ -180,6 +177,11 @@ class RolloutConfig(Strict):
         "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
     )
     server: ServerConfig = Field(ServerConfig(), description="The server of engine 'server'.")
+    timeout_s: PositiveFloat = Field(
+        3600.0,
+        description="So long may an engine inside the trainer's process finish not one completion, "
+        "and a server leave a call (a process's share of a round) unanswered.",
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
         0.4, description="Share of each GPU's memory that vLLM takes."
     )

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch.distributed as dist
 from fastalign.config import ConfigError, EndpointConfig
 
 Question = Sequence[Mapping[str, Any]]
+# So many questions without a reply, one behind the other, and the server is taken to be down.
+DOWN = 16
 
 
 class JudgeError(RuntimeError):
@@ -88,6 +92,7 @@ class Endpoint:
             api_key=self._secret or "none",
             max_retries=config.max_retries,
             timeout=config.timeout_s,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [self._limit_body]}),
         )
         self._texts: dict[str, str] = {}
         self._path = replies
@@ -103,7 +108,7 @@ class Endpoint:
 
         Raises:
             ConfigError: the server refuses the request: its address, model or key is wrong.
-            JudgeError: not one question was answered, after all retries.
+            JudgeError: not one question was answered, after all retries, or the server is down.
             BudgetSpent: a limit of the recipe is reached; what was answered until then is kept.
         """
         parts = _gather(list(questions))
@@ -143,6 +148,7 @@ class Endpoint:
         todo = {h: q for h, q in zip(hashes, questions, strict=True) if h not in self._texts}
         self.cached += len(hashes) - len(todo)
         failures: dict[str, Exception] = {}
+        in_a_row, most = 0, max(DOWN, 2 * self.config.max_concurrency)
         pool = ThreadPoolExecutor(self.config.max_concurrency)
         try:
             asked = pool.map(
@@ -152,6 +158,12 @@ class Endpoint:
             for name, failure in zip(todo, asked, strict=True):
                 if failure is not None:
                     failures[name] = failure
+                in_a_row = in_a_row + 1 if self._is_server_s(failure) else 0
+                if in_a_row == most:
+                    raise JudgeError(
+                        f"{self._where}: no reply to {most} questions, one behind the other: "
+                        f"{_line(failures[name])}; the replies so far are in {self._path}"
+                    )
         except BudgetSpent:
             # What is under way ends and is paid for before the sum is told.
             pool.shutdown(cancel_futures=True)
@@ -200,6 +212,33 @@ class Endpoint:
             getattr(usage, "completion_tokens", None) or 0,
         )
         return None
+
+    def _is_server_s(self, failure: Exception | None) -> bool:
+        """Whether a failure says something of the server, and not of the question alone."""
+        if isinstance(failure, self._openai.APIStatusError):
+            status: int = failure.status_code
+            return status >= 500 or status == 429
+        return failure is not None
+
+    def _limit_body(self, response: Any) -> None:
+        """The client's own limit is of one silence, which a server that says a byte now and then
+        never reaches."""
+        # httpx or httpx2, by the version of openai.
+        http: Any = sys.modules[type(response).__module__.partition(".")[0]]
+        limit, body = self.config.timeout_s, response.stream
+
+        class Limited(http.SyncByteStream):
+            def __iter__(self) -> Iterator[bytes]:
+                deadline = time.monotonic() + limit
+                for chunk in body:
+                    if time.monotonic() > deadline:
+                        raise http.ReadTimeout("the reply does not end", request=response.request)
+                    yield chunk
+
+            def close(self) -> None:
+                body.close()
+
+        response.stream = Limited()
 
     def _settings(self, max_tokens: int) -> dict[str, Any]:
         """The fields of a request beside model and messages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from fastalign.data import Example, Record, Stream
 from fastalign.endpoint import Endpoint
 from fastalign.episodes import Episode, Verdict
 from fastalign.methods.base import Metrics, total
-from fastalign.online import awake_judge, check_decision_mass, sample, wake
+from fastalign.online import ask, awake_judge, check_decision_mass, sample, wake
 from fastalign.reference import reference_logprobs
 from fastalign.run import Run, reduce_metrics
 from fastalign.templates import Renderer
@@ -88,10 +89,10 @@ class Evaluator:
     def _answers(self, step: int) -> dict[str, float]:
         run = self.run
         assert run.engine is not None
-        wake(run)
         mine = list(enumerate(self.prompts))[run.rank :: run.world_size]
+        ask(run, partial(wake, run))
         # The seeds of this round are no training round's, and the same at every evaluation.
-        episodes = sample(run, mine, EVALUATION_ROUND, num_generations=1)
+        episodes = ask(run, lambda: sample(run, mine, EVALUATION_ROUND, num_generations=1))
         kl = self._kl_to_reference(episodes)
         start = self._start_texts(step, episodes)
         lengths = torch.tensor([float(len(e.rollouts[0].token_ids)) for e in episodes])
@@ -102,7 +103,7 @@ class Evaluator:
         }
         if run.config.eval_judge is not None:
             sums |= self._win_rate(episodes, start)
-        run.engine.sleep()
+        ask(run, run.engine.sleep)
         self._keep(step, episodes)
         scores = reduce_metrics({k: value.to(run.model.device) for k, value in sums.items()})
         if run.config.eval_judge is not None:
@@ -164,6 +165,16 @@ class Evaluator:
 
     def _win_rate(self, episodes: Sequence[Episode], start: dict[int, str]) -> Metrics:
         """Share of wins against the start's answers, a tie counting half."""
+        verdicts = ask(self.run, lambda: self._compare(episodes, start))
+        given = [v for v in verdicts if not v.failed]
+        wins = [{"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in given]
+        return {
+            "win_rate": total(torch.tensor(wins)),
+            "judge_mass": total(torch.tensor([v.mass for v in given if not v.too_long])),
+            "judge_failed": total(torch.tensor([float(verdict.failed) for verdict in verdicts])),
+        }
+
+    def _compare(self, episodes: Sequence[Episode], start: dict[int, str]) -> list[Verdict]:
         run = self.run
         assert run.config.eval_judge is not None
         verdicts: list[Verdict] = []
@@ -173,13 +184,7 @@ class Evaluator:
                 who = judge.make_judge(run.config.eval_judge, "pairwise", renderer, asked)
                 pairs = [judge.Pair(e.prompt, e.texts[0], start[e.index], e.tools) for e in part]
                 verdicts += judge.compare(who, pairs)
-        given = [v for v in verdicts if not v.failed]
-        wins = [{"a": 1.0, "b": 0.0, None: 0.5}[verdict.preferred] for verdict in given]
-        return {
-            "win_rate": total(torch.tensor(wins)),
-            "judge_mass": total(torch.tensor([v.mass for v in given if not v.too_long])),
-            "judge_failed": total(torch.tensor([float(verdict.failed) for verdict in verdicts])),
-        }
+        return verdicts
 
     def _keep(self, step: int, episodes: Sequence[Episode]) -> None:
         # Every rank may hold a few: enough for the first ones over all.

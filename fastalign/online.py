@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,17 +40,70 @@ from fastalign.episodes import (
 from fastalign.judge_quality import Quality, compare_blind, plain, quality
 from fastalign.methods.base import plain_prompt
 from fastalign.model import POLICY, REFERENCE, TrainedModel
-from fastalign.rollout import EngineError, Rollout, RolloutEngine, SamplingSettings
+from fastalign.rollout import (
+    EngineError,
+    EngineFault,
+    Rollout,
+    RolloutEngine,
+    SamplingSettings,
+)
 from fastalign.run import Ahead, Run, Sampled
 from fastalign.templates import Renderer
 
+T = TypeVar("T")
 SHOWN_OF_JUDGE = ("accuracy", "abstained", "flipped", "first_slot", "mass")
 FROZEN_PROBE = (np.arange(1, 9, dtype=np.int32), tuple(range(16)))
 
 
+def ask(run: Run, work: Callable[[], T]) -> T:
+    """What ``work``, which asks engines, returns; collective.
+
+    Where an engine fails on any rank and can be started anew, all ranks do that, send it the
+    current weights, and work once more: a rank whose calls are in journals has their answers.
+
+    Behind its first call of an engine ``work`` must not wait for other ranks, but inside of engines
+    and in what fails on all of them alike: one that failed would not come.
+
+    Raises:
+        EngineFault: on all ranks, an engine of any cannot be started anew, or has failed again.
+    """
+    try:
+        return _together(work)
+    except EngineFault as fault:
+        assert run.engine is not None
+        if not run.engine.lost():
+            raise
+        first = fault
+    run.tracker.say(f"{first}; it is started anew")
+    run.engine.restart()
+    run.synced = run.reference_pushed = None
+
+    def once_more() -> T:
+        wake(run)
+        return work()
+
+    try:
+        return _together(once_more)
+    except EngineFault as fault:
+        raise EngineFault(f"{fault}; before it was started anew: {first}") from None
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What ``work`` returns; an :class:`EngineFault` of any rank is raised on all of them."""
+    fault: EngineFault | None = None
+    try:
+        result = work()
+    except EngineFault as error:
+        fault = error
+    found = next((f for part in _gather_objects([fault]) for f in part if f is not None), None)
+    if found is not None:
+        raise found
+    return result
+
+
 def wake(run: Run) -> None:
     """Wake the engine and give it the current weights, and the reference's where they are new;
-    what it still samples with the last ones is waited for.
+    what it still samples with the last ones is waited for.  Collective, as :func:`ask` wants it.
 
     Under LoRA only the policy's adapter travels, so the base and the reference's adapter have to
     outlive every sleep: their log-probs on a fixed prompt are what they were when they came.
@@ -60,11 +113,17 @@ def wake(run: Run) -> None:
     """
     assert run.engine is not None
     finish_ahead(run)
-    run.engine.wake()
-    push_weights(run)
-    if not run.model.uses_adapter:
-        return
-    _push_reference(run)
+    # Between these, ranks gather weights.
+    _together(run.engine.wake)
+    _together(partial(push_weights, run))
+    if run.model.uses_adapter:
+        _together(partial(_push_reference, run))
+        _check_frozen(run)
+
+
+def _check_frozen(run: Run) -> None:
+    """See :func:`wake`."""
+    assert run.engine is not None
     prompt, tokens = FROZEN_PROBE
     # The base alone, and the adapter on it that stays.
     for name in (None, REFERENCE) if run.model.has_reference_adapter else (None,):
@@ -133,7 +192,7 @@ def draw(
         ahead, again = _take_ahead(run, order)
     with _timed(timings, "time/sync"):
         run.tracker.phase("sync")
-        wake(run)
+        ask(run, partial(wake, run))
     if run.synced is not None:
         # Without waking, and without the reference, which travels when it is new.
         timings["sync/seconds"] = run.synced.seconds
@@ -143,7 +202,8 @@ def draw(
         _prefix_cached(timings, "rollout/prefix_cached", run.engine),
     ):
         run.tracker.phase("rollout")
-        rollouts = _sample_order(run, order) if ahead is None else ahead.rollouts
+        # Also a rank whose share was sampled ahead, for others may not have theirs.
+        rollouts = ask(run, lambda: _sample_order(run, order) if ahead is None else ahead.rollouts)
     if run.config.online.max_staleness:
         timings |= waiting
         # Shares of ranks.
@@ -171,8 +231,10 @@ def _take_ahead(run: Run, order: _Order) -> tuple[_Taken | None, bool]:
     assert online is not None
     if ahead is None or ahead.round != order.round:
         return None, False
-    staleness = order.round - ahead.weights_round
     finish_ahead(run)
+    ahead = run.ahead
+    assert ahead is not None
+    staleness = order.round - ahead.weights_round
     if staleness > online.max_staleness:
         why = (
             f"the weights that sampled it are {staleness} rounds old, "
@@ -227,7 +289,7 @@ def sample_ahead(run: Run, prompts: Sequence[Record], round_index: int) -> None:
     with the weights of now; :func:`finish_ahead` waits for it."""
     if run.synced is None:
         # Somebody else has judged with the engine.
-        wake(run)
+        ask(run, partial(wake, run))
     order = _order_of_round(run, prompts, round_index)
     call = _call(run, order.settings)
     pool = ThreadPoolExecutor(1)
@@ -238,13 +300,16 @@ def sample_ahead(run: Run, prompts: Sequence[Record], round_index: int) -> None:
 
 
 def finish_ahead(run: Run) -> None:
-    """Wait until the engine has sampled what it was asked for ahead, and the journal holds it.
-
-    Raises:
-        EngineError: it failed.
-    """
-    if run.ahead is not None and run.ahead.sampling is not None:
-        run.ahead.sampling.result()
+    """Wait until the engine has sampled what it was asked for ahead, and the journal holds it; or
+    has failed, which whoever asks it next finds out, and the round is sampled in its turn."""
+    ahead = run.ahead
+    if ahead is None or ahead.sampling is None:
+        return
+    try:
+        ahead.sampling.result()
+    except EngineFault as fault:
+        run.tracker.say(f"round {ahead.round + 1}, ahead of its turn: {fault}")
+        run.ahead = replace(ahead, sampling=None)
 
 
 def collect(
@@ -268,7 +333,7 @@ def collect(
             with _prefix_cached(timings, "judge/prefix_cached", judging):
                 judged = judge_once(run, episodes, round_index)
                 episodes = [run.method.choose(e) for e in judged]
-    engine.sleep()
+    ask(run, engine.sleep)
     gap_mean, gap_p99 = sampler_gap(run, episodes)
     episodes = sorted(
         (e for part in _gather_objects(episodes) for e in part), key=lambda e: e.index
@@ -279,9 +344,6 @@ def collect(
         text = "".join(e.to_json() + "\n" for e in episodes)
         (folder / f"{round_index:04d}.jsonl").write_text(text, encoding="utf-8")
     figures = {k: s / n for k, (s, n) in judge.judge_metrics(episodes).items()}
-    if figures.get("judge/failed") == 1.0:
-        why = next((reason for e in episodes for reason in e.noise if reason), "no verdict")
-        raise JudgeError(f"judge: nothing was said of any of {len(episodes)} prompts: {why}")
     if config.judge is not None:
         check_decision_mass(config.judge, "judge", figures.get("judge/mass", 1.0))
     asked = run.asked.get("judge")
@@ -417,7 +479,11 @@ def sampling_settings(run: Run) -> SamplingSettings:
 
 def judge_once(run: Run, episodes: list[Episode], round_index: int) -> list[Episode]:
     """This rank's share of a round with what the judge says of it, or said of it to a run that
-    ended later in this round; collective."""
+    ended later in this round; collective.
+
+    Raises:
+        JudgeError: on all ranks, nothing was said of any answer.
+    """
     assert run.config.judge is not None
     path = verdicts_path(run.config.output_dir, round_index, run.rank)
     # Who judges in a round of a run follows from its recipe; what it is asked, from the weights.
@@ -429,7 +495,13 @@ def judge_once(run: Run, episodes: list[Episode], round_index: int) -> list[Epis
         assert found is not None
         run.tracker.say(f"{path}: {len(found)} prompts were judged before, and are not asked again")
         return found
-    judged = judge_episodes(run, episodes)
+    judged = ask(run, partial(judge_episodes, run, episodes))
+    everyone = [e for part in _gather_objects(judged) for e in part]
+    failed, asked = judge.judge_metrics(everyone).get("judge/failed", (0.0, 0.0))
+    if asked and failed == asked:
+        # Which is not kept: a run that goes on asks again.
+        why = next((reason for e in everyone for reason in e.noise if reason), "no verdict")
+        raise JudgeError(f"judge: nothing was said of any of {len(everyone)} prompts: {why}")
     keep_verdicts(path, key, judged)
     return judged
 
@@ -468,21 +540,9 @@ def measure_judge(run: Run) -> dict[str, float]:
         return {}
     run.tracker.phase("judge")
     if who.type == "self":
-        wake(run)
+        ask(run, partial(wake, run))
     run.judge_measured = version
-    mine = run.judge_pairs[run.rank :: run.world_size]
-    seen: list[tuple[Verdict, tuple[int, int]]] = []
-    with awake_judge(run, "judge") as asked:
-        for dataset, renderer in enumerate(run.renderers):
-            pairs = [
-                judge.Pair(r.prompt, r.chosen or "", r.rejected or "", r.tools)
-                for r in mine
-                if r.dataset == dataset
-            ]
-            comparer = judge.make_judge(who, "pairwise", renderer, asked)
-            verdicts = compare_blind(comparer, pairs, run.config.seed)
-            lengths = [(len(pair.a), len(pair.b)) for pair in pairs]
-            seen += zip(verdicts, lengths, strict=True)
+    seen = ask(run, partial(_compare_known, run, who))
     everything = [x for part in _gather_objects(seen) for x in part]
     found = quality(
         [verdict for verdict, _ in everything],
@@ -511,6 +571,25 @@ def _keep_quality(run: Run, version: int, found: Quality) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"version": version, "figures": found.figures(), "calibration": found.calibration}
     (folder / f"{version}.json").write_text(json.dumps(plain(facts)), encoding="utf-8")
+
+
+def _compare_known(run: Run, who: JudgeConfig) -> list[tuple[Verdict, tuple[int, int]]]:
+    """This rank's share of the ``judge_datasets``: the judge's verdict of each pair, and the
+    lengths of its answers."""
+    mine = run.judge_pairs[run.rank :: run.world_size]
+    seen: list[tuple[Verdict, tuple[int, int]]] = []
+    with awake_judge(run, "judge") as asked:
+        for dataset, renderer in enumerate(run.renderers):
+            pairs = [
+                judge.Pair(r.prompt, r.chosen or "", r.rejected or "", r.tools)
+                for r in mine
+                if r.dataset == dataset
+            ]
+            comparer = judge.make_judge(who, "pairwise", renderer, asked)
+            verdicts = compare_blind(comparer, pairs, run.config.seed)
+            lengths = [(len(pair.a), len(pair.b)) for pair in pairs]
+            seen += zip(verdicts, lengths, strict=True)
+    return seen
 
 
 def compare(run: Run, judging: judge.PairwiseJudge, episodes: list[Episode]) -> list[Episode]:

@@ -37,7 +37,7 @@ from fastalign.data import (
     load_records,
     split_records,
 )
-from fastalign.endpoint import BudgetSpent, Endpoint
+from fastalign.endpoint import BudgetSpent, Endpoint, JudgeError
 from fastalign.evaluate import Evaluator
 from fastalign.judge import JudgeModel, load_rule
 from fastalign.local import make_renderer
@@ -84,6 +84,7 @@ from fastalign.profiling import Profiler
 from fastalign.reference import reference_logprobs, score_reference
 from fastalign.rollout import (
     EngineError,
+    EngineFault,
     RolloutEngine,
     choose_engine,
     choose_judge_engine,
@@ -916,7 +917,8 @@ def new_round(
         _stop_if_asked(run, position, checkpoint.Pending())
         examples, collected = collect(run, episodes, position.round)
     if _samples_ahead(run.config, rounds, position, len(examples)):
-        sample_ahead(run, rounds.prompts, position.round + 1)
+        with _saving(run, position, checkpoint.Pending(examples)):
+            sample_ahead(run, rounds.prompts, position.round + 1)
     collected |= measured | timings
     run.tracker.log(position.step, collected, show=False)
     run.tracker.say(f"round {position.round + 1} of {rounds.count}: {_round_figures(collected)}")
@@ -982,17 +984,27 @@ def _schedule(
 def _pausing(
     run: Run, position: checkpoint.Position, pending: checkpoint.Pending
 ) -> Iterator[None]:
-    """Where a judge has spent what it may, or a signal comes, leave a checkpoint of this position
-    and stop; inside, what is trained does not change."""
+    """Where a judge has spent what it may, a signal comes, or judge or engine fails, leave a
+    checkpoint of this position and stop; inside, what is trained does not change."""
     try:
         # Of several ranks one may be in the middle of something that another waits for.
-        with run.stop.at_once(run.world_size == 1):
+        with _saving(run, position, pending), run.stop.at_once(run.world_size == 1):
             yield
     except BudgetSpent as spent:
         path = save(run, position, pending)
         raise Paused(f"{spent}; {path} is saved: raise it and continue with --resume") from None
     except Interrupted:
         _pause(run, position, pending)
+
+
+@contextlib.contextmanager
+def _saving(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> Iterator[None]:
+    """Where judge or engine fails, on all ranks, leave a checkpoint before the error goes on."""
+    try:
+        yield
+    except (EngineFault, JudgeError) as error:
+        path = save(run, position, pending)
+        raise type(error)(f"{error}; {path} is saved: continue with --resume") from error
 
 
 def _stop_if_asked(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> None:

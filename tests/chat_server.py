@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = tuple[int, str | bytes | dict[str, Any]]
+Answer = tuple[int, "str | bytes | dict[str, Any] | Callable[[BaseHTTPRequestHandler], None]"]
 PROMPT_TOKENS, COMPLETION_TOKENS = 100, 10
 
 
@@ -17,7 +20,7 @@ class ChatServer(BaseHTTPRequestHandler):
     """Answers as told, and remembers what it was asked.
 
     ``answer`` maps the last message to a status and a text, an object to send in place of a chat
-    completion, or the bytes of a whole body.
+    completion, the bytes of a whole body, or a function that sends something itself.
     """
 
     url: str
@@ -29,6 +32,10 @@ class ChatServer(BaseHTTPRequestHandler):
         request["path"], request["key"] = self.path, self.headers["Authorization"]
         type(self).asked.append(request)
         status, said = type(self).answer(request["messages"][-1]["content"])
+        if callable(said):
+            with suppress(OSError):
+                said(self)
+            return
         body = said if isinstance(said, bytes) else json.dumps(_body(status, said)).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -39,6 +46,45 @@ class ChatServer(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: Any) -> None:
         pass
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    """Half a reply, then the connection is reset."""
+    half(handler)
+    # Closed with bytes to send, it is not ended in peace.
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+def half(handler: BaseHTTPRequestHandler) -> None:
+    """Half of the body that the header promises, and the end of the connection."""
+    body = json.dumps(_body(200, "yes")).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+    handler.wfile.flush()
+
+
+def trickle(handler: BaseHTTPRequestHandler) -> None:
+    """A byte now and then, for longer than anybody waits."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    for _ in range(600):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def busy(handler: BaseHTTPRequestHandler) -> None:
+    """Rate limiting that says when to come again, in seconds."""
+    body = json.dumps(_body(429, "rate limit")).encode()
+    handler.send_response(429)
+    handler.send_header("Retry-After", "0.9")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
 
 
 def _body(status: int, said: str | dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -29,6 +31,7 @@ from fastalign.config import Config, parse_config
 from fastalign.model import POLICY, TrainedModel, init_distributed
 from fastalign.online import ReferenceScorer, wake
 from fastalign.rollout import EngineError, adapters
+from fastalign.rollout.server import ServerEngine
 from fastalign.rollout.sync import fingerprint
 
 
@@ -213,6 +216,26 @@ def withheld(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> N
     keep(folder / name, {"error": said, "pushes": pushes}, {})
 
 
+def server_dies(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A run whose vLLM server is killed under the second call that it samples ahead."""
+    generate, calls = ServerEngine.generate, 0
+
+    def killed(engine: ServerEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += threading.current_thread() is not threading.main_thread()
+        if calls == 2 and engine._process is not None:
+            calls += 1
+            os.killpg(engine._process.pid, signal.SIGKILL)
+        return generate(engine, *arguments)
+
+    ServerEngine.generate = killed
+    try:
+        metrics = loop.train(config)
+    finally:
+        ServerEngine.generate = generate
+    keep(folder / name, metrics, {})
+
+
 def skipped_step(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
     """Two steps, and the same with one between them that has to be none."""
     ended, said, moved = [], [], False
@@ -258,6 +281,7 @@ SCENARIOS = {
     "interruption": interruption,
     "rollouts": rollouts,
     "withheld": withheld,
+    "server_dies": server_dies,
     "skipped_step": skipped_step,
     "refused": refused,
 }

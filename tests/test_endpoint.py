@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, ChatServer, serving
+from chat_server import (
+    COMPLETION_TOKENS,
+    PROMPT_TOKENS,
+    ChatServer,
+    busy,
+    half,
+    reset,
+    serving,
+    trickle,
+)
 
 from fastalign.config import ConfigError, EndpointConfig, JudgeConfig
-from fastalign.endpoint import BudgetSpent, Endpoint, JudgeError, Reply
+from fastalign.endpoint import DOWN, BudgetSpent, Endpoint, JudgeError, Reply
 from fastalign.judge import Answer, Failed, make_judge
 from fastalign.model import load_tokenizer
 from fastalign.templates import Renderer
@@ -206,6 +215,59 @@ def test_a_server_that_is_not_there_or_hangs_is_named(server, tmp_path):
     with pytest.raises(JudgeError, match="no reply to any of 1 questions: Request timed out"):
         endpoint(server, tmp_path, timeout_s=0.2).ask(questions("a"), 9)
     released.set()
+
+
+BROKEN = {half: "Connection error", reset: "Connection error", trickle: "Request timed out"}
+
+
+@pytest.mark.parametrize("breaks", BROKEN, ids=lambda breaks: breaks.__name__)
+def test_a_reply_that_breaks_off_or_does_not_end_is_asked_for_again(server, tmp_path, breaks):
+    """Set aside after all retries, and with one more retry than failures answered."""
+    sent: list[str] = []
+
+    def answer(question):
+        sent.append(question)
+        return (200, breaks) if question == "b" and sent.count("b") < 3 else (200, "yes")
+
+    server.answer = staticmethod(answer)
+    asked = endpoint(server, tmp_path, max_retries=1, timeout_s=0.5)
+    replies = asked.ask(questions("a", "b"), 9)
+    assert replies[0].text == "yes" and replies[1].failure.startswith(BROKEN[breaks])
+    assert sent.count("b") == 2 and len(kept(tmp_path)) == 1
+    assert texts(asked.ask(questions("a", "b"), 9)) == ["yes", "yes"]
+
+
+def test_a_server_that_says_when_is_asked_then(server, tmp_path):
+    times: list[float] = []
+
+    def answer(question):
+        times.append(time.monotonic())
+        return (200, "now") if len(times) == 2 else (200, busy)
+
+    server.answer = staticmethod(answer)
+    asked = endpoint(server, tmp_path, max_retries=1)
+    assert texts(asked.ask(questions("a"), 9)) == ["now"]
+    # Retry-After, where the client's own first pause is at most half a second.
+    assert times[1] - times[0] >= 0.9
+
+
+def test_a_server_that_goes_down_is_not_asked_for_all_the_rest(server, tmp_path):
+    """What it has answered stays; one that refuses single questions is not down."""
+    asked = endpoint(server, tmp_path, max_concurrency=1)
+    wanted = [str(i) for i in range(2 * DOWN)]
+    assert len(asked.ask(questions(*wanted), 9)) == 2 * DOWN
+    more = [f"more {i}" for i in range(3 * DOWN)]
+    server.answer = staticmethod(lambda q: (400, "too long") if q != more[-1] else (200, "yes"))
+    assert texts(asked.ask(questions(*more), 9))[-2:] == [None, "yes"]
+    before = len(server.asked)
+    server.answer = staticmethod(lambda q: (200, "yes") if q == "new 3" else (503, "later"))
+    new = [f"new {i}" for i in range(4 * DOWN)]
+    with pytest.raises(JudgeError) as caught:
+        asked.ask(questions(*wanted, *new), 9)
+    assert f"no reply to {DOWN} questions, one behind the other: " in str(caught.value)
+    assert "later" in str(caught.value) and str(tmp_path / "replies.jsonl") in str(caught.value)
+    assert 4 + DOWN <= len(server.asked) - before <= 4 + DOWN + 2
+    assert len(kept(tmp_path)) == 2 * DOWN + 2
 
 
 def test_nothing_to_ask_is_nothing_wrong(server, tmp_path):

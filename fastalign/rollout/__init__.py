@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
+    EngineFault,
     PromptTokens,
     Rollout,
     RolloutEngine,
@@ -20,6 +21,7 @@ from fastalign.rollout.engine import (
 
 __all__ = [
     "EngineError",
+    "EngineFault",
     "PromptTokens",
     "Rollout",
     "RolloutEngine",

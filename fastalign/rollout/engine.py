@@ -17,8 +17,20 @@ import torch
 MIN_TEMPERATURE = 0.01
 
 
+_REASONS = frozenset[str]({"stop", "length"})
+# Of a log-prob, which is at most 0.
+_ROUNDING = 1e-3
+
+
 class EngineError(RuntimeError):
     """The engine failed, hung or holds other weights than it was sent."""
+
+
+class EngineFault(EngineError):
+    """The engine died, hung or answered what no model says: started anew it may be sound.
+
+    Whoever raises it leaves no other rank waiting inside the engine.
+    """
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,46 @@ def check_stop(settings: SamplingSettings, has_tokenizer: bool) -> None:
         )
 
 
+def nonsense(
+    rollouts: Sequence[Rollout], settings: SamplingSettings, vocab_size: int
+) -> str | None:
+    """What no model can have sampled under these settings, in words; None: all of it may be."""
+    for index, rollout in enumerate(rollouts):
+        wrong = _nonsense(rollout, settings, vocab_size)
+        if wrong is not None:
+            return f"completion {index} of {len(rollouts)} {wrong}"
+    return None
+
+
+def _nonsense(rollout: Rollout, settings: SamplingSettings, vocab_size: int) -> str | None:
+    tokens, logprobs, most = rollout.token_ids, rollout.logprobs, settings.max_new_tokens
+    if not 1 <= tokens.size <= most:
+        return f"has {tokens.size} tokens, where 1 to {most} were asked for"
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        return f"holds a token id outside 0..{vocab_size - 1}"
+    if logprobs.shape != tokens.shape:
+        return f"has {logprobs.size} log-probs for {tokens.size} tokens"
+    # Written so that a NaN fails.
+    if not (np.isfinite(logprobs).all() and logprobs.max() <= _ROUNDING):
+        return "has log-probs that are none: NaN, infinite or above 0"
+    if rollout.finish_reason not in _REASONS:
+        return f"ended with {rollout.finish_reason!r}"
+    if rollout.finish_reason == "length":
+        return None if tokens.size == most else f"ended at {tokens.size} of {most} tokens"
+    if not settings.stop and tokens[-1] not in settings.stop_token_ids:
+        return f"ended with token {tokens[-1]}, which is no stop token"
+    return None
+
+
+def nonsense_scores(logprobs: np.ndarray) -> str | None:
+    """What is wrong with next-token log-probs, in words; None: they may be a model's."""
+    # Log-probs of tokens that are out of the question are minus infinity.
+    wrong = ~(logprobs <= _ROUNDING)
+    if not wrong.any():
+        return None
+    return f"{int(wrong.sum())} of {logprobs.size} log-probs are none: NaN or above 0"
+
+
 class RolloutEngine(Protocol):
     """What the trainer asks of a sampler.
 
@@ -212,6 +264,18 @@ class RolloutEngine(Protocol):
 
         An engine for full weights may have dropped them: load them again before sampling.  Nothing
         happens to an engine that is awake.
+        """
+
+    def lost(self) -> bool:
+        """Whether it has failed on any rank, and :meth:`restart` can help: it is no part of this
+        process; collective over the run's ranks."""
+
+    def restart(self) -> None:
+        """Start anew, without the weights and adapters that it was sent; collective over the run's
+        ranks.
+
+        Raises:
+            EngineFault: it does not start.
         """
 
     def close(self) -> None:

@@ -24,15 +24,19 @@ from fastalign.printing import reason
 from fastalign.quantization import import_bitsandbytes, load_nf4
 from fastalign.rollout.engine import (
     EngineError,
+    EngineFault,
     PromptTokens,
     Rollout,
     SamplingSettings,
     SyncReport,
     check_prompts,
     check_stop,
+    nonsense,
+    nonsense_scores,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.token_bytes import token_bytes
+from fastalign.rollout.watchdog import Watchdog
 
 # Padded tokens of one prompt pass: bounds its activations, whatever max_num_seqs is.
 _PREFILL_TOKENS = 32768
@@ -113,6 +117,7 @@ class HfEngine:
         self._version = 0
         self._asleep = False
         self._failure: str | None = None
+        self._watchdog = Watchdog("the embedded engine", config.timeout_s)
 
     def generate(
         self,
@@ -132,13 +137,17 @@ class HfEngine:
         check_stop(settings, self._tokens is not None)
         version = self._version if adapter is None else self._adapters[adapter]
         results: list[Rollout | None] = [None] * len(prompts)
-        with torch.inference_mode(), self._using(adapter):
+        with torch.inference_mode(), self._using(adapter), self._calling():
             for rows in self._batches(prompts, _PREFILL_TOKENS):
                 seeds_B = np.array([seeds[i] for i in rows], dtype=np.uint64)
                 batch = self._sample([prompts[i] for i in rows], seeds_B, settings, version)
                 for row, rollout in zip(rows, batch, strict=True):
                     results[row] = rollout
-        return [rollout for rollout in results if rollout is not None]
+        rollouts = [rollout for rollout in results if rollout is not None]
+        wrong = nonsense(rollouts, settings, self._vocab_size)
+        if wrong is not None:
+            raise EngineFault(f"the embedded engine failed: {wrong}")
+        return rollouts
 
     def next_logprobs(
         self,
@@ -152,13 +161,16 @@ class HfEngine:
         result = np.empty((len(prompts), len(token_ids)), dtype=np.float32)
         wanted = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
         max_tokens = _CPU_SCORING_TOKENS if self._device.type == "cpu" else _PREFILL_TOKENS
-        with torch.inference_mode(), self._using(adapter):
+        with torch.inference_mode(), self._using(adapter), self._calling():
             for rows in self._batches(prompts, max_tokens):
                 unique, source_B = self._distinct([prompts[i] for i in rows])
                 ids_UP, mask_UP = self._pad(unique)
                 logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache=None)
                 logp_UK = logits_UV.float().log_softmax(dim=-1)[:, wanted].cpu().numpy()
                 result[rows] = logp_UK[source_B]
+        wrong = nonsense_scores(result)
+        if wrong is not None:
+            raise EngineFault(f"the embedded engine failed: {wrong}")
         return result
 
     def all_agree(self, here: bool) -> bool:
@@ -259,6 +271,14 @@ class HfEngine:
         self._asleep = False
         self._model.to(self._device)
 
+    def lost(self) -> bool:
+        """Not without the trainer: it is a part of this process."""
+        return False
+
+    def restart(self) -> None:
+        """See :meth:`lost`."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Let go of the replica; every later call raises :class:`EngineError`."""
         self._failure = "the engine was closed"
@@ -278,6 +298,18 @@ class HfEngine:
             raise EngineError(f"the embedded engine holds no known weights: {self._failure}")
         if adapter is not None and adapter not in self._adapters:
             raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """What goes wrong in torch inside the block is the engine's, what hangs the process's."""
+        try:
+            with self._watchdog.watching():
+                yield
+        except EngineError:
+            raise
+        except RuntimeError as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise EngineFault(f"the embedded engine failed: {what}") from error
 
     @contextmanager
     def _using(self, adapter: str | None) -> Iterator[None]:
@@ -361,6 +393,7 @@ class HfEngine:
         cache: DynamicCache | None,
     ) -> torch.Tensor:
         """Logits [B, V] after the last token, in the model's dtype."""
+        self._watchdog.beat()
         # As an index, not as a number: a number makes a strided slice of the hidden states, and
         # torch then multiplies by the whole output matrix copied once per row.
         last = torch.full((1,), ids_BN.shape[1] - 1, device=ids_BN.device)
@@ -534,7 +567,7 @@ def _draw(
     """Token [R] and its raw log-prob [R]; see :func:`fastalign._bridge.sample`.
 
     Raises:
-        EngineError: the logits are none to sample from (NaN, infinity).
+        EngineFault: the logits are none to sample from (NaN, infinity).
     """
     try:
         tokens, logprobs, _ = _bridge.sample(
@@ -549,7 +582,7 @@ def _draw(
             threads=torch.get_num_threads(),
         )
     except ValueError as error:
-        raise EngineError(f"the model's logits cannot be sampled from: {error}") from None
+        raise EngineFault(f"the model's logits cannot be sampled from: {error}") from None
     return tokens, logprobs
 
 

@@ -33,12 +33,15 @@ from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import (
     EngineError,
+    EngineFault,
     PromptTokens,
     Rollout,
     SamplingSettings,
     SyncReport,
     check_prompts,
     check_stop,
+    nonsense,
+    nonsense_scores,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm import (
@@ -49,6 +52,7 @@ from fastalign.rollout.vllm import (
     scoring_arguments,
 )
 from fastalign.rollout.vllm_worker import Transfer
+from fastalign.rollout.watchdog import Watchdog
 
 # One file, or one series of broadcasts, of a transfer of full weights.
 _BUCKET_BYTES = 512 * 2**20
@@ -100,7 +104,8 @@ class ServerEngine:
     workers and compared by checksum.  A rank of tensor parallelism holds a part of a matrix, which
     cannot be compared: there the canary alone speaks for it.
 
-    A server that fails, hangs or dies is not asked again.
+    A server that fails, hangs, dies or answers nonsense is not asked again, but started anew by
+    :meth:`restart`.
     """
 
     name = "server"
@@ -137,7 +142,7 @@ class ServerEngine:
         """
         self._device = torch.device(device)
         self._on_cpu = self._device.type == "cpu"
-        self._config = config.server
+        self._config = config
         _check_place(config, self._device)
         self._dtype = dtype
         self._max_adapters = _MAX_ADAPTERS if lora_rank is not None else 0
@@ -146,6 +151,7 @@ class ServerEngine:
         self.prompt_tokens = PromptTokens()
         self._adapters: dict[str, _Adapter] = {}
         self._last_id = self._version = 0
+        self._base_was_sent = False
         # Why nothing can be sampled: for good, and until the next transfer.
         self._dead: str | None = None
         self._stale: str | None = None
@@ -153,32 +159,21 @@ class ServerEngine:
         self._process: subprocess.Popen[bytes] | None = None
         self._sender: _Sender | None = None
         self._folder: Path | None = None
-        port = None
-        outcome: Any = None
-        if _rank() == 0:
-            port, token = self._config.port or _free_port(), secrets.token_hex(16)
-            arguments = server_arguments(config, max_model_len, self._on_cpu, lora_rank) | {
-                "model": str(model_path),
-                "port": port,
-                "dtype": str(dtype).removeprefix("torch."),
-                "seed": seed,
-                "skip_tokenizer_init": tokenizer is None,
-                "trust_remote_code": trust_remote_code,
-            }
-            if revision is not None:
-                arguments["revision"] = revision
-            if tokenizer is not None:
-                arguments["tokenizer"] = tokenizer.name_or_path
-            try:
-                self._start(_flags(arguments), token)
-                self._connect(port, token)
-                outcome = (port, token, self._wait_until_ready())
-            except EngineError as error:
-                self.close()
-                outcome = error
-        port, token, self._vocab_size = _raised(_from_first(outcome))
-        if _rank() != 0:
-            self._connect(port, token)
+        arguments = server_arguments(config, max_model_len, self._on_cpu, lora_rank) | {
+            "model": str(model_path),
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed,
+            "skip_tokenizer_init": tokenizer is None,
+            "trust_remote_code": trust_remote_code,
+        }
+        if revision is not None:
+            arguments["revision"] = revision
+        if tokenizer is not None:
+            arguments["tokenizer"] = tokenizer.name_or_path
+        self._arguments = arguments
+        # Requests have a limit of their own, which comes first.
+        self._watchdog = Watchdog("the transfer of weights", config.timeout_s + GRACE_S)
+        self._launch()
 
     # --- the protocol ---
 
@@ -201,7 +196,12 @@ class ServerEngine:
         check_stop(settings, self._has_tokenizer)
         version = self._version if adapter is None else self._adapters[adapter].version
         answers = self._call(prompts, sampling_arguments(settings), list(seeds), adapter)
-        return [_rollout(answer, version) for answer in answers]
+        with self._reading():
+            rollouts = [_rollout(answer, version) for answer in answers]
+        wrong = nonsense(rollouts, settings, self._vocab_size)
+        if wrong is not None:
+            raise self._failed(wrong)
+        return rollouts
 
     def next_logprobs(
         self,
@@ -218,13 +218,15 @@ class ServerEngine:
         if not wanted:
             return result
         answers = self._call(prompts, scoring_arguments(wanted), [None] * len(prompts), adapter)
-        for row, answer in enumerate(answers):
-            # The sampled token comes first, then those asked for in their order.
-            if answer["scored_ids"][1:] != wanted:
-                raise self._failed(
-                    f"it scored {answer['scored_ids'][1:]} where {wanted} were asked"
-                )
-            result[row] = answer["logprobs"][1:]
+        with self._reading():
+            for row, answer in enumerate(answers):
+                # The sampled token comes first, then those asked for in their order.
+                if answer["scored_ids"][1:] != wanted:
+                    raise ValueError(f"it scored {answer['scored_ids'][1:]}, not {wanted}")
+                result[row] = answer["logprobs"][1:]
+        wrong = nonsense_scores(result)
+        if wrong is not None:
+            raise self._failed(wrong)
         return result
 
     def all_agree(self, here: bool) -> bool:
@@ -241,10 +243,9 @@ class ServerEngine:
         Raises:
             EngineError: see :class:`RolloutEngine`.
         """
-        self._check_alive()
         start = time.perf_counter()
-        # A rank that still samples has to end first.
-        _barrier()
+        self._meet()
+        self._base_was_sent = True
         self._stale = f"the transfer of version {version} did not finish"
         transfer, shapes = Transfer(), dict[str, list[int]]()
         failures: list[EngineError] = []
@@ -287,14 +288,13 @@ class ServerEngine:
             EngineError: the adapter is none that vLLM computes exactly (DoRA, trained modules,
                 ...), too many are loaded, or the engine holds something else than was sent.
         """
-        self._check_alive()
         start = time.perf_counter()
+        self._meet()
         if name not in self._adapters and len(self._adapters) == self._max_adapters:
             raise EngineError(
                 f"adapter {name!r} has no room beside {sorted(self._adapters)}: the engine was "
                 f"made for {self._max_adapters}"
             )
-        _barrier()
         self._last_id += 1
         old = self._adapters.pop(name, None)
         outcome: Any = None
@@ -314,20 +314,32 @@ class ServerEngine:
     def wake(self) -> None:
         """Nothing; every call starts with an empty prefix cache."""
 
+    def lost(self) -> bool:
+        """Whether any rank has found it dead, hanging or out of its mind; collective."""
+        return any(_from_all(self._dead is not None))
+
+    def restart(self) -> None:
+        """Stop the server whole and start another one; see :class:`RolloutEngine`."""
+        self._stop()
+        self._adapters = {}
+        try:
+            self._launch()
+        except EngineError as error:
+            raise EngineFault(str(error)) from None
+        self._dead = None
+        self._stale = "it was started anew" if self._base_was_sent else None
+
     def close(self) -> None:
         """End the server and all of its processes."""
         self._dead = self._dead or _CLOSED
+        self._stop()
+
+    def _stop(self) -> None:
         if self._sender is not None:
             self._sender.close()
             self._sender = None
         if self._process is not None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE_S)
-            # A group outlives its leader, whose children may be there still.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            end_group(self._process)
             assert self._process.stdin is not None
             self._process.stdin.close()
             self._process = None
@@ -338,6 +350,22 @@ class ServerEngine:
             self._folder = None
 
     # --- the server's process ---
+
+    def _launch(self) -> None:
+        """Start it on rank 0 and wait until it answers; collective."""
+        outcome: Any = None
+        if _rank() == 0:
+            port, token = self._config.server.port or _free_port(), secrets.token_hex(16)
+            try:
+                self._start(_flags(self._arguments | {"port": port}), token)
+                self._connect(port, token)
+                outcome = (port, token, self._wait_until_ready())
+            except EngineError as error:
+                self.close()
+                outcome = error
+        port, token, self._vocab_size = _raised(_from_first(outcome))
+        if _rank() != 0:
+            self._connect(port, token)
 
     def _start(self, arguments: list[str], token: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="fastalign-server-", dir=_memory_place()))
@@ -355,11 +383,13 @@ class ServerEngine:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Sockets, which a process that is killed leaves.
+            "VLLM_RPC_BASE_PATH": str(self._folder),
             # A call repeats to the bit on so many threads.
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
         if not self._on_cpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(self._config.devices))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(self._config.server.devices))
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fastalign.rollout.vllm_server", *arguments],
@@ -388,7 +418,7 @@ class ServerEngine:
     def _wait_until_ready(self) -> int:
         """The size of the model's vocabulary, once the server answers."""
         assert self._process is not None
-        deadline = time.monotonic() + self._config.start_timeout_s
+        deadline = time.monotonic() + self._config.server.start_timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise EngineError(f"the vLLM server did not start: {self._last_words()}")
@@ -403,7 +433,7 @@ class ServerEngine:
                     f"{self._client.base_url}: {_line(error)}"
                 ) from None
         raise EngineError(
-            f"the vLLM server did not answer in {self._config.start_timeout_s:g} s "
+            f"the vLLM server did not answer in {self._config.server.start_timeout_s:g} s "
             f"(rollout.server.start_timeout_s): {self._last_words()}"
         )
 
@@ -430,9 +460,19 @@ class ServerEngine:
         answers = self._post(CALL, call) if prompts else []
         if not isinstance(answers, list) or len(answers) != len(prompts):
             raise self._failed(f"it answered {len(prompts)} prompts with {_line(answers)}")
+        with self._reading():
+            self.prompt_tokens.cached += sum(answer["cached"] for answer in answers)
         self.prompt_tokens.total += sum(prompt.size for prompt in prompts)
-        self.prompt_tokens.cached += sum(answer["cached"] for answer in answers)
         return answers
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside the block, an answer that is not what an answer looks like is a failure."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            why = f"an answer that is none: {type(error).__name__}: {_line(error)}"
+            raise self._failed(why) from None
 
     def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """The server's answer as JSON; any failure is the engine's end."""
@@ -442,7 +482,7 @@ class ServerEngine:
             return reply.json() if reply.content else None
         except self._openai.APITimeoutError:
             raise self._failed(
-                f"no answer in {self._config.timeout_s:g} s (rollout.server.timeout_s)"
+                f"no answer in {self._config.timeout_s:g} s (rollout.timeout_s)"
             ) from None
         except self._openai.APIConnectionError as error:
             raise self._failed(f"{_line(error)} {self._ended()}") from None
@@ -462,13 +502,19 @@ class ServerEngine:
             return f"It ended with exit code {code}: {self._last_words()}"
         return f"Its last words: {self._last_words()}"
 
-    def _failed(self, why: str) -> EngineError:
+    def _failed(self, why: str) -> EngineFault:
         self._dead = self._dead or why
-        return EngineError(f"the vLLM server failed: {why}")
+        return EngineFault(f"the vLLM server failed: {why}")
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineError(f"the vLLM server cannot be used any more: {self._dead}")
+            raise EngineFault(f"the vLLM server cannot be used any more: {self._dead}")
+
+    def _meet(self) -> None:
+        """Wait for all ranks, which may still sample; raise on all of them where one found the
+        server dead."""
+        self._dead = next((why for why in _from_all(self._dead) if why is not None), None)
+        self._check_alive()
 
     def _check_usable(self, adapter: str | None) -> None:
         self._check_alive()
@@ -498,7 +544,7 @@ class ServerEngine:
             return _FileSender(self._folder / "bucket.safetensors", self._post)
         with process_state_kept():
             from fastalign.rollout.vllm_nccl import NcclSender
-        workers, limit = len(self._config.devices), self._config.timeout_s
+        workers, limit = len(self._config.server.devices), self._config.timeout_s
         with self._transfer_errors():
             return NcclSender(self._post, _free_port(), workers, limit)
 
@@ -509,9 +555,11 @@ class ServerEngine:
 
     @contextlib.contextmanager
     def _transfer_errors(self) -> Iterator[None]:
-        """Whatever stops a transport (a full disk, nccl, a time limit) is the engine's end."""
+        """Whatever stops a transport (a full disk, nccl, a time limit) is the engine's end.  A
+        broadcast that the workers take no part in is stuck in nccl, in this process."""
         try:
-            yield
+            with self._watchdog.watching():
+                yield
         except EngineError:
             raise
         except Exception as error:
@@ -599,7 +647,7 @@ class ServerEngine:
         asked = {**adapter.request, "shapes": adapter.shapes}
         for held in self._ask_worker("fastalign_add_adapter", asked):
             found = _fingerprints(held)
-            if len(self._config.devices) > 1:
+            if len(self._config.server.devices) > 1:
                 # Of what is cut over the workers each holds a part.
                 found = {key: adapter.sent[key] for key in found}
             verify(adapter.sent, found, frozenset(adapter.sent))
@@ -652,6 +700,34 @@ def server_arguments(
     return arguments
 
 
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and whatever is left of the group."""
+    shared = shared_memory(process.pid)
+    process.terminate()
+    with contextlib.suppress(ProcessLookupError):
+        # One that was stopped hears nothing else.
+        os.killpg(process.pid, signal.SIGCONT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    # A group outlives its leader, whose children may be there still.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def shared_memory(group: int) -> set[Path]:
+    """What the processes of a group share by name, as Python makes it: who is killed leaves it."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                places = re.findall(r"/dev/shm/psm_\w+", (process / "maps").read_text())
+                found |= {Path(place) for place in places}
+    return found
+
+
 _COLOCATED = ("use_tqdm_on_load", "enable_sleep_mode")
 
 
@@ -697,10 +773,8 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _rollout(answer: Mapping[str, Any], version: int) -> Rollout:
-    if answer["finish_reason"] not in ("stop", "length"):
-        raise EngineError(f"vLLM ended a completion with {answer['finish_reason']!r}")
     if answer["scored_ids"] != answer["token_ids"]:
-        raise EngineError("vLLM's log-probs belong to other tokens than it sampled")
+        raise ValueError("its log-probs belong to other tokens than it sampled")
     return Rollout(
         token_ids=np.asarray(answer["token_ids"], dtype=np.int32),
         logprobs=np.asarray(answer["logprobs"], dtype=np.float32),
@@ -763,9 +837,12 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _from_all(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _from_first(value: Any) -> Any:

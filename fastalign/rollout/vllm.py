@@ -11,37 +11,44 @@ from __future__ import annotations
 import gc
 import glob
 import hashlib
+import io
 import logging
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import (
     EngineError,
+    EngineFault,
     PromptTokens,
     Rollout,
     SamplingSettings,
     SyncReport,
     check_prompts,
     check_stop,
+    nonsense,
+    nonsense_scores,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm_worker import Transfer
+from fastalign.rollout.watchdog import Watchdog
 
 # One step on a CPU has to hold a whole prompt (see engine_arguments), and is slow below this.
 _MIN_BATCHED_TOKENS = 4096
@@ -79,6 +86,10 @@ class _Ranks:
             self._group, _ = dist.new_subgroups(size, backend="gloo", timeout=_PATIENCE)
         self.index = 0 if self._group is None else dist.get_rank(self._group)
 
+    @property
+    def shared(self) -> bool:
+        return self._group is not None
+
     def shared_memory(self) -> list[Path]:
         """What vLLM's CPU backend joins them through.  Under torchrun it is named after the ranks'
         numbers alone, alike in every run of a machine, and stays when a run is killed."""
@@ -114,7 +125,9 @@ class VllmEngine:
 
     After a failed transfer the engine refuses to sample until a whole one succeeds.  A tensor that
     vLLM's own loader stops at (of another shape, or for a layer that vLLM does not know) ends the
-    engine, as does a failed call: its state is unknown then.
+    engine, as does a failed call: its state is unknown then.  It is not started anew: that would be
+    another try in the same process, with the same memory, device context and process groups.  One
+    that hangs ends the process, see :class:`fastalign.rollout.watchdog.Watchdog`.
     """
 
     name = "vllm"
@@ -235,6 +248,7 @@ class VllmEngine:
         self._stale: str | None = None
         self._asleep = False
         self._kv_cache_asleep = False
+        self._watchdog = Watchdog("vLLM", config.timeout_s)
 
     def generate(
         self,
@@ -263,7 +277,14 @@ class VllmEngine:
         common = sampling_arguments(settings)
         params = [SamplingParams(**common, seed=seed) for seed in seeds]
         version = self._version if adapter is None else self._adapters[adapter].version
-        return [_rollout(output, version) for output in self._run(prompts, params, adapter)]
+        outputs = self._run(prompts, params, adapter)
+        if any(list(x.logprobs.token_ids) != list(x.token_ids) for x in outputs):
+            raise self._failed("its log-probs belong to other tokens than it sampled")
+        rollouts = [_rollout(output, version) for output in outputs]
+        wrong = nonsense(rollouts, settings, self._vocab_size)
+        if wrong is not None:
+            raise self._failed(wrong)
+        return rollouts
 
     def next_logprobs(
         self,
@@ -286,10 +307,13 @@ class VllmEngine:
             scores = output.logprobs
             # The sampled token comes first, then those asked for in their order.
             if list(scores.token_ids[1:]) != wanted:
-                raise EngineError(
-                    f"vLLM scored the tokens {list(scores.token_ids[1:])} where {wanted} were asked"
+                raise self._failed(
+                    f"it scored the tokens {list(scores.token_ids[1:])} where {wanted} were asked"
                 )
             result[row] = scores.logprobs[1:]
+        wrong = nonsense_scores(result)
+        if wrong is not None:
+            raise self._failed(wrong)
         return result
 
     def all_agree(self, here: bool) -> bool:
@@ -315,9 +339,10 @@ class VllmEngine:
         # Should the transfer stop halfway, layers are left without parameters, and vLLM cannot
         # begin anew from there.
         self._dead = self._stale
-        (transfer,) = self._llm.collective_rpc(
-            "fastalign_load_weights", args=(tensors, names, version)
-        )
+        with self._watchdog.watching():
+            (transfer,) = self._llm.collective_rpc(
+                "fastalign_load_weights", args=(self._watchdog.beats(tensors), names, version)
+            )
         if transfer.error is not None:
             self._dead = transfer.error
             raise EngineError(transfer.error)
@@ -404,10 +429,9 @@ class VllmEngine:
         self._reset_prefix_cache()
         if self._on_cpu:
             return
-        if self._max_adapters:
-            self._llm.sleep(level=1)
-        else:
-            self._llm.sleep(level=2)
+        with self._calling():
+            self._llm.sleep(level=1 if self._max_adapters else 2)
+        if not self._max_adapters:
             self._kv_cache_asleep = True
             self._stale = "sleep dropped them"
 
@@ -423,11 +447,18 @@ class VllmEngine:
         self._asleep = False
         if self._on_cpu:
             return
+        with self._calling():
+            self._llm.wake_up(None if self._max_adapters else ["weights"])
         if self._max_adapters:
-            self._llm.wake_up()
             self._reset_prefix_cache()
-        else:
-            self._llm.wake_up(["weights"])
+
+    def lost(self) -> bool:
+        """Not without the trainer, whose memory, threads and process group it shares."""
+        return False
+
+    def restart(self) -> None:
+        """See :meth:`lost`."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Drop the model and the cache; the process group stays."""
@@ -442,6 +473,24 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if self._dead is not None:
             raise EngineError(f"the vLLM engine cannot be used any more: {self._dead}")
+
+    def _failed(self, why: str) -> EngineError:
+        self._dead = why
+        # Others that share the engine may be stuck in it.
+        kind = EngineError if self._ranks.shared else EngineFault
+        return kind(f"vLLM failed: {why}")
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """What goes wrong in vLLM inside the block ends the engine; what hangs, the process."""
+        try:
+            with self._watchdog.watching():
+                yield
+        except EngineError:
+            raise
+        except Exception as error:
+            # What was queued may still be, and would be mixed into the next call's answers.
+            raise self._failed(f"{type(error).__name__}: {_line(error)}") from error
 
     def _check_awake(self) -> None:
         self._check_alive()
@@ -469,19 +518,15 @@ class VllmEngine:
                 f"{sorted(who, key=str)}"
             )
         everything = [prompt for part, _, _ in calls for prompt in part]
-        try:
+        with self._calling():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": prompt.tolist()} for prompt in everything],
                 [param for _, part, _ in calls for param in part],
-                use_tqdm=False,
+                use_tqdm=partial(_Progress, self._watchdog.beat),
                 lora_request=None if adapter is None else self._adapters[adapter].request,
             )
-        except Exception as error:
-            # What was queued may still be, and would be mixed into the next call's answers.
-            self._dead = f"a call failed with {type(error).__name__}"
-            raise EngineError(f"vLLM failed: {type(error).__name__}: {error}") from error
-        if len(calls) > 1:
-            self._check_same([output.outputs[0] for output in outputs])
+            if len(calls) > 1:
+                self._check_same([output.outputs[0] for output in outputs])
         first = sum(len(part) for part, _, _ in calls[: self._ranks.index])
         mine = outputs[first : first + len(prompts)]
         for prompt, output in zip(prompts, mine, strict=True):
@@ -503,9 +548,10 @@ class VllmEngine:
 
     def _send_adapter(self, adapter: _Adapter) -> None:
         try:
-            (held,) = self._llm.collective_rpc(
-                "fastalign_load_adapter", args=(adapter.request, adapter.shapes)
-            )
+            with self._watchdog.watching():
+                (held,) = self._llm.collective_rpc(
+                    "fastalign_load_adapter", args=(adapter.request, adapter.shapes)
+                )
         except Exception as error:
             raise EngineError(
                 f"vLLM did not load the adapter {adapter.request.lora_name}: "
@@ -520,6 +566,24 @@ class VllmEngine:
     def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache: requests are still running")
+
+
+class _Progress(tqdm):
+    """vLLM's progress bar, which shows nothing and tells of each completion that is finished."""
+
+    monitor_interval = 0
+
+    def __init__(self, beat: Callable[[], None], *arguments: Any, **options: Any) -> None:
+        self._beat = beat
+        super().__init__(*arguments, **options, file=io.StringIO())
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._beat()
+        return super().update(n)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _answer_hash(output: Any) -> bytes:
@@ -589,13 +653,8 @@ def scoring_arguments(token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def _rollout(output: Any, version: int) -> Rollout:
-    if output.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM ended a completion with {output.finish_reason!r}")
-    tokens = np.asarray(output.token_ids, dtype=np.int32)
-    if list(output.logprobs.token_ids) != list(output.token_ids):
-        raise EngineError("vLLM's log-probs belong to other tokens than it sampled")
     return Rollout(
-        token_ids=tokens,
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
         logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
         finish_reason=output.finish_reason,
         weight_version=version,

@@ -22,7 +22,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastalign.rollout.server import CALL, FOLDER, GRACE_S, MODEL, TOKEN
+from fastalign.rollout.server import CALL, FOLDER, GRACE_S, MODEL, TOKEN, shared_memory
 
 _one_call = asyncio.Lock()
 _numbers = itertools.count()
@@ -97,13 +97,16 @@ def _guard() -> None:
         return
     while os.read(sys.stdin.fileno(), 1):
         pass
-    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    shared = shared_memory(os.getpgrp())
     if os.getppid() == server:
         # Asked to, vLLM leaves no shared memory behind.
         os.kill(server, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
     while os.getppid() == server and time.monotonic() < deadline:
         time.sleep(0.1)
+    shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
+    for path in shared:
+        path.unlink(missing_ok=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
