@@ -162,7 +162,7 @@ class Endpoint:
                 if in_a_row == most:
                     raise JudgeError(
                         f"{self._where}: no reply to {most} questions, one behind the other: "
-                        f"{_line(failures[name])}; the replies so far are in {self._path}"
+                        f"{self._line(failures[name])}; the replies so far are in {self._path}"
                     )
         except BudgetSpent:
             # What is under way ends and is paid for before the sum is told.
