@@ -397,7 +397,7 @@ def test_a_mistake_is_one_line(desk, capsys, name):
         ({"type": "self", "principls": []}, "judge.principls is no key of a recipe: did you mean "
          "'principles'?"),
         ({"type": "rule"}, "judge.path is missing: a rule judge names its callable"),
-        ({"type": "rule", "path": "nowhere.py:f"}, "judge.path = 'nowhere.py:f': no such file"),
+        ({"type": "rule", "path": "nowhere.py:f"}, "nowhere.py:f': no such file"),
         ({"type": "model", "model_name_or_path": "./no"}, "judge.model_name_or_path = './no': no "
          "such folder"),
         ({"type": "self", "tie_threshold": -1}, "judge.tie_threshold = -1: input should be"),
