@@ -40,6 +40,8 @@ PREFIX, PARTIAL, OLD = "checkpoint-", ".partial", ".old"
 MANIFEST = "manifest.json"
 START = "start"
 REFERENCE_FILE = "reference.safetensors"
+# What is read when it is there: by us, and by DeepSpeed in its folder.
+_IF_THERE = re.compile(r"pending\.npz|ahead\.json|reference\.safetensors|random-.*|state/[^.].*")
 
 
 @dataclass(frozen=True)
@@ -327,18 +329,16 @@ def damage(path: Path) -> str:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not as it was written"
-    # What is read is found by its name, by us and by DeepSpeed; a hidden file is nobody's.
-    names = [name for name in _files(path) if not Path(name).name.startswith(".")]
-    broken = [f"{name} was not written with it" for name in names if name not in files]
-    broken = broken if dist.get_rank() == 0 else []
+    foreign = (name for name in _files(path) if name not in files and _IF_THERE.fullmatch(name))
+    broken = [f"{name} was not written with it" for name in foreign if dist.get_rank() == 0]
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         try:
             if _hash(path / name) != files[name]:
                 broken.append(f"{name} is not as it was written")
         except FileNotFoundError:
             broken.append(f"{name} is missing")
-        except OSError as error:
-            broken.append(f"{name}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            broken.append(f"{name}: {getattr(error, 'strerror', None) or error}")
     return ", ".join(sorted(line for part in _gather(broken) for line in part))
 
 

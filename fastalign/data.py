@@ -45,7 +45,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastalign.config import ConfigError, DatasetConfig
-from fastalign.printing import short
+from fastalign.printing import one_line, short
 
 Kind = Literal["prompt", "completion", "judged", "preference", "messages"]
 Message = dict[str, Any]
@@ -195,6 +195,8 @@ class Drops:
         self.first: dict[str, str] = {}
 
     def add(self, reason: str, example: str) -> None:
+        # An episode log says why its judgment is none, in any words.
+        reason = one_line(reason[:200])
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, example)
 

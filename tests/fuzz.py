@@ -677,7 +677,7 @@ def fuzz_checkpoints(reading: Reading) -> Case:
 
     def check(name: str, content: bytes | None, alone: bool) -> str:
         asked = config.model_copy(update={"resume_from_checkpoint": str(last)}) if alone else config
-        same = content == files.get(name) or name.startswith(".") or as_before(name, content)
+        same = content == files.get(name) or name in ("x", ".hidden") or as_before(name, content)
 
         def find() -> bool:
             found, skipped = checkpoint.find_checkpoint(asked)
@@ -989,6 +989,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=FUZZERS, default=list(FUZZERS))
     parser.add_argument("--output", type=Path, help="JSON; what it has of other kinds is kept")
     asked = parser.parse_args()
+    version = commit()
     kept = asked.output is not None and asked.output.is_file()
     results = json.loads(asked.output.read_text("utf-8"))["kinds"] if kept else {}
     defects = 0
@@ -1008,7 +1009,7 @@ def main() -> int:
                 "defect": defect,
                 "seconds": round(time.monotonic() - began, 1),
                 "seed": asked.seed,
-                "commit": commit(),
+                "commit": version,
             }
             print(f"{kind}: {dict(counts)}", flush=True)
     if asked.output is not None:

@@ -102,6 +102,15 @@ def test_what_nobody_looks_into_is_looked_at(tmp_path, rest, says):
     assert sum(report.dropped.values()) == 1
 
 
+def test_a_log_that_says_anything_of_its_judgments_is_told_in_one_line(tmp_path):
+    row = {"prompt": "q", "completions": ["a", "b"], "token_ids": [[1], [2]]}
+    row |= {"judgments": [None, None], "noise": ["\x1b[31m\n" * 200, None]}
+    _, report = load(write_rows(tmp_path / "d.jsonl", [row]), strict=False)
+    (_, line) = report.lines()
+    assert line.startswith(r"  dropped 1 x \x1b[31m\n\x1b") and len(line) < 1000
+    assert "\n" not in line and "\x1b" not in line
+
+
 def test_a_line_that_is_cut_off_is_named_where_it_ends(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"prompt": "q"\r\n')
@@ -224,9 +233,10 @@ def test_a_checkpoint_with_a_file_too_many_is_damaged(reading):
         (last / name).write_bytes(b"x")
         assert checkpoint.damage(last) == f"{name} was not written with it"
         (last / name).unlink()
-    (last / ".nfs0001").write_bytes(b"x")
-    assert checkpoint.damage(last) == ""
-    (last / ".nfs0001").unlink()
+    for name in ("notes.txt", ".nfs0001", "state/.nfs0001"):
+        (last / name).write_bytes(b"x")
+        assert checkpoint.damage(last) == ""
+        (last / name).unlink()
 
 
 def test_other_folders_and_files_between_ours_are_left_alone(tmp_path):
