@@ -993,9 +993,9 @@ def main() -> int:
             began, defect = time.monotonic(), None
             try:
                 counts = fuzz(kind, reading, asked.inputs, asked.seed)
-            except Exception:
-                defects, counts, defect = defects + 1, Counter(), traceback.format_exc()
-                print(defect, flush=True)
+            except Exception as error:
+                defects, counts, defect = defects + 1, Counter(), str(error)
+                traceback.print_exc()
             results[kind] = {
                 "inputs": counts.total(),
                 **{outcome: counts[outcome] for outcome in (ACCEPTED, SKIPPED, REFUSED)},
