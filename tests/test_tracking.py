@@ -226,11 +226,13 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_forgets_what_comes_again(tmp_path):
     assert Config.model_fields["report_to"].default == ("tensorboard",)
     config = tracked(tmp_path, report_to=["tensorboard"])
+    logged = {0: 0}
     for first, count in ((0, 4), (2, 1)):
         tracker = Tracker(config, 0, 4)
-        tracker.start(first)
+        tracker.start(first, logged[first])
         for step in range(first + 1, first + 1 + count):
             tracker.log(step, {"loss": 10.0 * first + step, "a/b": 1.0})
+            logged[step] = tracker.logged
         tracker.close()
     found = scalars(tmp_path / "out")
     assert found["loss"] == [(1, 1.0), (2, 2.0), (3, 23.0)] and len(found["a/b"]) == 3
