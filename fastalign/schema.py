@@ -19,6 +19,9 @@ def recipe_schema() -> dict[str, Any]:
     method = schema["properties"]["method"]
     # Names that an editor can offer, or a class of the user's own.
     method |= {"anyOf": [{"enum": list(METHODS)}, {"pattern": ":"}]}
+    for name in ("judge", "eval_judge"):
+        # A text alone is the path of a rule.
+        schema["properties"][name]["anyOf"].append({"type": "string"})
     return {"$schema": DIALECT} | schema | {"title": "FastAlign recipe"}
 
 

@@ -14,7 +14,8 @@ from fastalign.cli import main
 from fastalign.config import Config, ConfigError, parse_config
 from fastalign.schema import keys, recipe_schema
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*ROOT.glob("recipes/**/*.yaml"), *ROOT.glob("examples/*.yaml")])
 SCHEMA = recipe_schema()
 
 
@@ -24,7 +25,7 @@ def complaints(tree: Any) -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).parents[1].joinpath("recipes", name).read_text())
+    return yaml.safe_load(ROOT.joinpath("recipes", name).read_text())
 
 
 def test_it_is_a_schema():
@@ -74,8 +75,10 @@ def test_what_is_missing_is_named(key):
     assert complaints(tree) == [f"$: '{key}' is a required property"]
 
 
-def test_a_class_of_ones_own_is_a_method():
+def test_code_of_ones_own_fits():
     assert complaints(read("sft.yaml") | {"method": "mine.py:Mine"}) == []
+    tree = read("cut-online.yaml") | {"judge": "mine.py:judge"}
+    assert complaints(tree) == [] and parse_config(tree).judge is not None
 
 
 def test_every_key_says_what_it_is():
