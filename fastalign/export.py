@@ -273,7 +273,8 @@ def _merge(adapted: PeftModel, dtype: torch.dtype) -> tuple[float | None, Any]:
             kept, squared = kept + along, squared + size
             if worst is None or 1 - along / size > worst[1]:
                 worst = f"{name}.{key}", 1 - along / size
-    return (1 - kept / squared, worst) if squared else (None, None)
+    # Rounding may also add a little along it.
+    return (max(0.0, 1 - kept / squared), worst) if squared else (None, None)
 
 
 def _cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

@@ -269,10 +269,10 @@ def test_vllm_takes_results_as_they_are(runs, sharp_llama, tmp_path, engines):
     from fastalign.rollout.vllm import VllmEngine
 
     settings = RolloutConfig(engine="vllm", max_num_seqs=4, kv_cache_gib=0.05)
-    prompts = [IDS[0].tolist(), IDS[1, :7].tolist()]
+    prompts = [IDS[0].int().numpy(), IDS[1, :7].int().numpy()]
 
     def expected(model: Any) -> np.ndarray:
-        last = [logits(model, torch.tensor([p]))[0, -1].log_softmax(-1) for p in prompts]
+        last = [logits(model, torch.tensor(p)[None].long())[0, -1].log_softmax(-1) for p in prompts]
         return np.array([[float(row[5]), float(row[6])] for row in last])
 
     assert main(["export", str(runs["lora"]), str(tmp_path / "out")]) == 0
@@ -283,7 +283,7 @@ def test_vllm_takes_results_as_they_are(runs, sharp_llama, tmp_path, engines):
         found = engines[-1].next_logprobs(prompts, [5, 6])
         np.testing.assert_allclose(found, expected(read(folder)), atol=1e-3)
     outputs = engines[0]._llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
         SamplingParams(max_tokens=1, logprob_token_ids=[5, 6]),
         lora_request=LoRARequest("as-it-is", 7, str(runs["lora"])),
         use_tqdm=False,

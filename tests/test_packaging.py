@@ -105,6 +105,9 @@ def test_wheel_holds_both_packages_and_the_extension(wheel):
         names = set(archive.namelist())
     assert {"fastalign/__init__.py", "fastalign/_bridge.pyi", "fastalign/py.typed"} <= names
     assert {"fastalign/inspection.html", "fastalign/report.html"} <= names
+    # What `fastalign init` starts from.
+    published = {f"fastalign/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert published <= names
     assert "fastalign_kernels/__init__.py" in names
     assert [name for name in names if name.startswith("fastalign/_bridge.") and ".so" in name]
     # A package named kernels would shadow the one that transformers imports.
