@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastalign.errors import ConfigError as ConfigError
+from fastalign.printing import short
 
 # Of a YAML file.
 MOST_VALUES = 100_000
@@ -801,7 +802,7 @@ def _load_yaml(text: str) -> Any:
     """
     Raises:
         ValueError: it is larger than any recipe, once what its aliases repeat is written out, which
-            may be without end.
+            may be without end; or a text of it is none.
         Exception: it is no YAML.
     """
     tree = yaml.safe_load(text)
@@ -813,6 +814,8 @@ def _load_yaml(text: str) -> Any:
             if seen > MOST_VALUES:
                 raise ValueError(f"more than {MOST_VALUES} values, with what aliases repeat")
             waiting += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{short(value)} holds half of a surrogate pair, which is no text")
     return tree
 
 

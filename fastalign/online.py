@@ -97,7 +97,7 @@ def _together(work: Callable[[], T]) -> T:
         fault = error
     found = next((f for part in _gather_objects([fault]) for f in part if f is not None), None)
     if found is not None:
-        raise found
+        raise found from fault
     return result
 
 

@@ -86,6 +86,7 @@ def test_what_a_page_says_runs(page, tiny_llama, tmp_path, monkeypatch, capsys, 
         if block.title is not None:
             assert Path(block.title).name == block.title
             (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+    program = {"__name__": "__main__"}  # a page's python blocks follow each other
     for block in blocks:
         where = f"{page.name}:{block.line}"
         if block.reason is not None or block.title is not None:
@@ -96,7 +97,7 @@ def test_what_a_page_says_runs(page, tiny_llama, tmp_path, monkeypatch, capsys, 
                 code = main([*words[1:], *SMALLER[words[1]].split()])
                 assert code == 0, f"{where}: {shlex.join(words)}: {capsys.readouterr().err}"
         elif block.language == "python":
-            exec(compile(block.text, where, "exec"), {"__name__": "__main__"})
+            exec(compile(block.text, where, "exec"), program)
         elif block.language == "yaml":
             parts_of_a_recipe(block.text)
 

@@ -107,27 +107,26 @@ def test_dpo_under_accelerate_trains_as_the_trainer_does(plain, sharp_llama, tmp
 DOCS = EXAMPLES.parent / "docs"
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.M | re.S)
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(title, code) of each block of Python."""
+    fence = r'^```python(?: title="(.*?)")?\n(.*?)^```$'
+    return re.findall(fence, (DOCS / page).read_text("utf-8"), re.M | re.S)
 
 
-def test_what_the_page_on_losses_shows_runs_and_gives_what_it_says():
-    code = blocks("losses.md")
-    here: dict[str, Any] = {}
-    exec(code[0], here)
-    assert float(here["loss"].detach()) == 3.0
-    assert here["logprob"].grad.tolist() == pytest.approx([-1 / 3] * 3 + [-1 / 2] * 2)
-    exec(code[1], here)
+def test_what_the_page_on_losses_shows_is_what_it_says():
+    nll, dpo, cut = ({} for _ in range(3))
+    for (_, code), here in zip(blocks("losses.md"), (nll, dpo, cut), strict=True):
+        exec(code, here)
+    assert float(nll["loss"].detach()) == 3.0
+    assert nll["logprob"].grad.tolist() == pytest.approx([-1 / 3] * 3 + [-1 / 2] * 2)
     margin = 0.1 * ((-6.0 + 7.0) - (-2.0 + 1.5))
-    assert float(here["result"].losses.detach()) == pytest.approx(math.log1p(math.exp(-margin)))
-    exec(code[2], here)
-    assert here["result"].flagged.tolist() == [True, True, False, False, False]
-    assert here["plain"].grad.abs().min() > 0 and here["judged"].grad.abs().min() > 0
-    assert len(code) == 3
+    assert float(dpo["result"].losses.detach()) == pytest.approx(math.log1p(math.exp(-margin)))
+    assert cut["result"].flagged.tolist() == [True, True, False, False, False]
+    assert cut["plain"].grad.abs().min() > 0 and cut["judged"].grad.abs().min() > 0
 
 
 def test_the_files_of_the_page_on_extending_are_methods_and_judges(tiny_llama, tmp_path):
-    files = {code.splitlines()[0].removeprefix("# "): code for code in blocks("extending.md")}
+    files = dict(blocks("extending.md"))
     assert set(files) == {"simpo.py", "whole.py", "best.py", "rules.py", "batched.py"}
     # As in examples/, but for the docstring that says how to run it.
     body = files.pop("simpo.py").partition("class SimPO")[2]

@@ -195,6 +195,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ('seed: !!int ""', "not YAML"),
         ("seed: !!bool x", "not YAML"),
         ("seed: !!timestamp x", "not YAML"),
+        ('stop: ["\\ud800"]', r"'\ud800' holds half of a surrogate pair"),
         ("a: &a [*a]", "more than 100000 values, with what aliases repeat"),
         (LAUGHS, "more than 100000 values, with what aliases repeat"),
     ],

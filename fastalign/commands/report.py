@@ -12,6 +12,7 @@ EXAMPLES = """\
   fastalign report runs/first
   fastalign report runs/first runs/second --output comparison.html
 """
+CODES = "  0 done, 2 a folder holds no run, or the page cannot be written"
 
 
 def add(commands: Any) -> None:
@@ -20,6 +21,7 @@ def add(commands: Any) -> None:
         "report",
         help="one page of what runs were set to, did and wrote",
         examples=EXAMPLES,
+        codes=CODES,
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run")
     report.add_argument(
