@@ -10,6 +10,7 @@ step is computed once, and no second model is held.
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import accumulate
 from pathlib import Path
@@ -49,8 +50,7 @@ def read(path: Path, tokenizer) -> list[Pair]:
     return pairs
 
 
-def main() -> None:
-    given = arguments().parse_args()
+def train(given: argparse.Namespace) -> Accelerator:
     # A batch of the loader is the batch of one step; each process has its share of it.
     accelerator = Accelerator(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -79,6 +79,14 @@ def main() -> None:
         optimizer.zero_grad()
         total = accelerator.reduce(loss.detach(), "sum").item()
         accelerator.print(f"step {step + 1} loss {total:.8f}", flush=True)
+    return accelerator
+
+
+def main() -> None:
+    accelerator = train(arguments().parse_args())
+    # DDP's buckets hold the process group: it ends while both processes are there, or waits.
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

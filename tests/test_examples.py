@@ -33,6 +33,7 @@ def losses(*command: Any) -> list[float]:
         env=outside_environment(ACCELERATE_USE_CPU="true"),
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]

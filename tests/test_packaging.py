@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from support import outside_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -256,7 +257,7 @@ def test_the_command_names_a_version_outside_its_range(tmp_path):
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1\n")
     command = [sys.executable, "-m", "fastalign", "train", "none.yaml"]
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    env = outside_environment(PYTHONPATH=f"{tmp_path}:{ROOT}")
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     first, second = done.stderr.splitlines()
     assert first.startswith("fastalign: peft 0.1 is outside the range that was tested, >=0.21")

@@ -266,6 +266,8 @@ def shared(engine, monkeypatch) -> ServerEngine:
     for adapter in engine._adapters.values():
         engine._ask_worker("fastalign_drop_adapter", str(adapter.request["lora_int_id"]))
     engine._adapters.clear()
+    # They put back the weights of its file, with which it would be started anew.
+    engine._base_was_sent = False
     return engine
 
 
