@@ -466,6 +466,11 @@ def plan_rounds(
         total = config.max_steps or math.ceil(per_round * config.num_train_epochs)
         tokens = sum(len(s.input_ids) for e in examples for s in e.streams)
         lines = [f"{len(examples)} examples, {tokens} tokens, {total} steps"]
+        if total == 1 and not lr_factor(config.lr_scheduler_type, 0, 1, config.warmup_ratio):
+            lines.append(
+                "  the learning rate of the only step is 0, which teaches nothing: train for more "
+                f"steps, or set warmup_ratio = {config.warmup_ratio:g} to 0"
+            )
         lines += [f"  dropped {line}" for line in drops.lines()]
         if truncated:
             lines.append(f"  answers cut at max_length = {config.max_length}: {truncated}")

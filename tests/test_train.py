@@ -1466,3 +1466,11 @@ def test_dropout_that_a_shared_prefix_makes_the_same_is_named(sharp_llama, tmp_p
     train(recipe("dpo", folder, tmp_path, max_steps=1, lora_dropout=0.2, **LORA))
     said = capfd.readouterr().err
     assert "computed once: attention_dropout = 0.1, lora_dropout = 0.2 drops the same of it" in said
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_run_whose_only_step_teaches_nothing_says_so(tiny_llama, tmp_path, capfd, ratio):
+    train(recipe("sft", tiny_llama, tmp_path, max_steps=1, warmup_ratio=ratio))
+    said = " ".join(capfd.readouterr().err.split())
+    warned = "which teaches nothing" in said and "set warmup_ratio = 0.5 to 0" in said
+    assert warned == (ratio > 0)
