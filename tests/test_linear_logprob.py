@@ -792,7 +792,10 @@ def test_gradient_checkpointing(wants, reentrant):
     inputs = problem(11, torch.float32, bias=True)
     expected = outputs_and_grads(linear_logprob, *inputs, wants)
     ours = outputs_and_grads(recomputed, *inputs, wants)
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    for name, value in expected.items():
+        # The reentrant one computes values without gradients, which is another program for Triton.
+        rounding = 1e-6 if reentrant and IMPL == "triton" and not name.startswith("grad") else 0.0
+        torch.testing.assert_close(ours[name], value, rtol=rounding, atol=rounding, msg=name)
 
 
 def test_autocast_has_no_say():
