@@ -107,8 +107,8 @@ class Combination:
 
 COMBINATIONS = tuple(
     Combination(method, engine, ranks)
-    for method in METHODS
     for engine in ("hf", "vllm")
+    for method in METHODS
     for ranks in (1, 2)
 )
 
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = disturb(
                 combination,
                 model,
-                arguments.folder / combination.name,
+                arguments.folder.resolve() / combination.name,
                 arguments.kills,
                 arguments.seed,
             )
