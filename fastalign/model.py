@@ -641,8 +641,9 @@ def _fit_bucket(settings: dict[str, Any], trained: int) -> dict[str, Any]:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     zero = settings["zero_optimization"]
-    most = DeepSpeedZeroConfig.model_fields["reduce_bucket_size"].default
-    return {**settings, "zero_optimization": {"reduce_bucket_size": min(int(most), trained), **zero}}
+    most = int(DeepSpeedZeroConfig.model_fields["reduce_bucket_size"].default)
+    fitting = {"reduce_bucket_size": min(most, trained)}
+    return {**settings, "zero_optimization": {**fitting, **zero}}
 
 
 def zero_options(config: Config, stage: int, dtype: torch.dtype, trained: int) -> Any:
