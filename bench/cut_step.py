@@ -346,7 +346,7 @@ def main() -> None:
     sides = ("fastalign", "plain")
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument(
         "--plain-records", type=int, help="records in a batch of the plain side; 4, above 512 one"
     )

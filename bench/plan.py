@@ -142,7 +142,7 @@ def predict(config: Any, tokens: int, ranks: int) -> dict[str, int]:
     stage = resolve_zero_stage(config, ranks)
     dtype = getattr(torch, config.dtype)
     model = Footprint(config, dtype, on_cpu=True)
-    zero = zero_options(config, stage, dtype)
+    zero = zero_options(config, stage, dtype, sum(p.numel for p in model.parameters if p.trained))
     split = shard(model.parameters, stage, ranks, zero, dtype, model.largest_module)
     found = {name: getattr(split, name) for name in HELD}
     if stage == 0:

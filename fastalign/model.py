@@ -513,6 +513,7 @@ def build_model(config: Config, *, device: torch.device, needs_reference: bool) 
     if config.torch_compile:
         _compile_layers(policy, stage)
     trainable = [p for p in policy.parameters() if p.requires_grad]
+    settings = _fit_bucket(settings, sum(getattr(p, "ds_numel", p.numel()) for p in trainable))
     # fp32 at stage 0 leaves clipping to us, for DeepSpeed would discard the norm it computes.
     clips_itself = stage == 0 and dtype == torch.float32
     # Every step sets its own learning rate.  Until then it is 0, because DeepSpeed's bf16 optimizer
@@ -634,11 +635,24 @@ def deepspeed_settings(config: Config, stage: int, dtype: torch.dtype) -> dict[s
     return merged
 
 
-def zero_options(config: Config, stage: int, dtype: torch.dtype) -> Any:
-    """DeepSpeed's ZeRO options as they will be, its defaults included."""
+def _fit_bucket(settings: dict[str, Any], trained: int) -> dict[str, Any]:
+    """With a bucket for gradients that holds no more than there are: DeepSpeed allocates all of its
+    ``reduce_bucket_size``, 0.93 GiB in bf16, also where a LoRA adapter of 10 MiB is trained."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    return DeepSpeedZeroConfig(**deepspeed_settings(config, stage, dtype)["zero_optimization"])
+    zero = settings["zero_optimization"]
+    most = int(DeepSpeedZeroConfig.model_fields["reduce_bucket_size"].default)
+    fitting = {"reduce_bucket_size": min(most, trained)}
+    return {**settings, "zero_optimization": {**fitting, **zero}}
+
+
+def zero_options(config: Config, stage: int, dtype: torch.dtype, trained: int) -> Any:
+    """DeepSpeed's ZeRO options as they will be where so many numbers are trained, its defaults
+    included."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings = _fit_bucket(deepspeed_settings(config, stage, dtype), trained)
+    return DeepSpeedZeroConfig(**settings["zero_optimization"])
 
 
 def _load_causal_lm(

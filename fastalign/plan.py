@@ -412,8 +412,9 @@ class Planner:
             ConfigError: the GPUs cannot be put into groups of those that share an engine.
         """
         stage = resolve_zero_stage(config, gpus)
-        zero = zero_options(config, stage, self.dtype)
         model = self._footprint(config)
+        trained = sum(p.numel for p in model.parameters if p.trained)
+        zero = zero_options(config, stage, self.dtype, trained)
         held = shard(model.parameters, stage, gpus, zero, self.dtype, model.largest_module)
         activations = self._activations(model, config.micro_batch_tokens)
         parts = [*_training(activations, held, zero)]

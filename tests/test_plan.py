@@ -99,7 +99,7 @@ def test_ranks_share_the_optimizer_evenly(stage, ranks):
     sizes = (1003, 7, 64_001, 13, 200_003, 1, 500)
     parameters = [Parameter(n, 2, True, decayed=n > 100) for n in sizes]
     config = bench.recipe({"model_name_or_path": "none", "zero_stage": stage})
-    zero = zero_options(config, stage, torch.bfloat16)
+    zero = zero_options(config, stage, torch.bfloat16, sum(sizes))
     held = shard(parameters, stage, ranks, zero, torch.bfloat16)
     assert held.moments == 2 * held.masters
     assert 0 <= ranks * held.masters - 4 * sum(sizes) <= 4 * 7 * ranks
