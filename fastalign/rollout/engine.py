@@ -6,9 +6,10 @@ takes and returns token ids: text never crosses this seam, so what was sampled i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ MIN_TEMPERATURE = 0.01
 _REASONS = frozenset[str]({"stop", "length"})
 # Of a log-prob, which is at most 0.
 _ROUNDING = 1e-3
+
+CLOSED = "it was closed"
 
 
 class EngineError(RuntimeError):
@@ -111,6 +114,13 @@ class PromptTokens:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter that an engine holds."""
+
+    version: int
+
+
+@dataclass(frozen=True)
 class SyncReport:
     """One weight transfer, proven by content; ``digest`` is of all tensors as the engine holds
     them on this rank, the same for the same bits."""
@@ -146,19 +156,6 @@ def check_prompts(
             )
         if prompt.min() < 0 or prompt.max() >= vocab_size:
             raise ValueError(f"prompt {index} holds a token id outside 0..{vocab_size - 1}")
-
-
-def check_stop(settings: SamplingSettings, has_tokenizer: bool) -> None:
-    """Refuse stop strings where an engine could not find them.
-
-    Raises:
-        ValueError: there are stop strings and no tokenizer.
-    """
-    if settings.stop and not has_tokenizer:
-        raise ValueError(
-            f"stop is {settings.stop!r}, but the engine was made without a tokenizer: it samples "
-            "token ids alone"
-        )
 
 
 def nonsense(
@@ -201,8 +198,8 @@ def nonsense_scores(logprobs: np.ndarray) -> str | None:
     return f"{int(wrong.sum())} of {logprobs.size} log-probs are none: NaN or above 0"
 
 
-class RolloutEngine(Protocol):
-    """What the trainer asks of a sampler.
+class RolloutEngine(ABC):
+    """What the trainer asks of a sampler, and what every sampler checks before and behind a call.
 
     Each rank brings its own prompts and gets its own answers.  Ranks may share an engine: every
     call is then collective among them, also of a rank that has nothing to ask.  With an engine of
@@ -210,8 +207,24 @@ class RolloutEngine(Protocol):
     """
 
     name: str
-    max_model_len: int
-    prompt_tokens: PromptTokens
+    # What messages call it.
+    _called: str
+    # Tokens that scoring samples behind a prompt.
+    _scoring_tokens = 0
+    # What is raised of one that can never be used again.
+    _gone: type[EngineError] = EngineError
+    _adapters: Mapping[str, Adapter]
+    _vocab_size: int
+
+    def __init__(self, max_model_len: int, has_tokenizer: bool) -> None:
+        self.max_model_len = max_model_len
+        self.prompt_tokens = PromptTokens()
+        self._has_tokenizer = has_tokenizer
+        self._version = 0
+        self._asleep = False
+        # Why nothing can be sampled: for good, and until the next transfer.
+        self._dead: str | None = None
+        self._stale: str | None = None
 
     def generate(
         self,
@@ -224,7 +237,29 @@ class RolloutEngine(Protocol):
 
         Several samples of one prompt are several entries with their own seeds; the engine's
         prefix cache shares the prompt.
+
+        Raises:
+            ValueError: of a request that no engine can answer.
+            EngineError: it sleeps, or does not hold the weights or the adapter.
+            EngineFault: it failed, or answered what no model says.
         """
+        self._check_usable(adapter)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
+        for index, seed in enumerate(seeds):
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed {index} is {seed}: it must be from 0 to 2^64 - 1")
+        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
+        if settings.stop and not self._has_tokenizer:
+            raise ValueError(
+                f"stop is {settings.stop!r}, but the engine was made without a tokenizer: it "
+                "samples token ids alone"
+            )
+        rollouts = self._generate(prompts, settings, seeds, adapter)
+        wrong = nonsense(rollouts, settings, self._vocab_size)
+        if wrong is not None:
+            raise self._failed(wrong)
+        return rollouts
 
     def next_logprobs(
         self,
@@ -232,11 +267,27 @@ class RolloutEngine(Protocol):
         token_ids: Sequence[int],
         adapter: str | None = None,
     ) -> np.ndarray:
-        """float32 [len(prompts), len(token_ids)]: log p(token | prompt), full raw softmax."""
+        """float32 [len(prompts), len(token_ids)]: log p(token | prompt), full raw softmax.
+
+        Raises:
+            ValueError, EngineError, EngineFault: see :meth:`generate`.
+        """
+        self._check_usable(adapter)
+        check_prompts(prompts, self._scoring_tokens, self.max_model_len, self._vocab_size)
+        wanted = [int(token) for token in token_ids]
+        if not wanted:
+            return np.empty((len(prompts), 0), dtype=np.float32)
+        scores = self._next_logprobs(prompts, wanted, adapter)
+        wrong = nonsense_scores(scores)
+        if wrong is not None:
+            raise self._failed(wrong)
+        return scores
 
     def all_agree(self, here: bool) -> bool:
         """Whether ``here`` holds on every rank that shares the engine; collective among them."""
+        return here
 
+    @abstractmethod
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
     ) -> SyncReport:
@@ -247,6 +298,7 @@ class RolloutEngine(Protocol):
                 the engine then refuses to sample until a whole transfer succeeds.
         """
 
+    @abstractmethod
     def load_adapter(
         self,
         name: str,
@@ -256,9 +308,11 @@ class RolloutEngine(Protocol):
     ) -> SyncReport:
         """Replace the adapter ``name`` (tensors and config as PEFT saves them)."""
 
+    @abstractmethod
     def sleep(self) -> None:
         """Give up device memory until :meth:`wake`; nothing happens to an engine that sleeps."""
 
+    @abstractmethod
     def wake(self) -> None:
         """Take the memory back; prefix caches start empty.
 
@@ -269,6 +323,7 @@ class RolloutEngine(Protocol):
     def lost(self) -> bool:
         """Whether it has failed on any rank, and :meth:`restart` can help: it is no part of this
         process; collective over the run's ranks."""
+        return False
 
     def restart(self) -> None:
         """Start anew, without the weights and adapters that it was sent; collective over the run's
@@ -277,6 +332,47 @@ class RolloutEngine(Protocol):
         Raises:
             EngineFault: it does not start.
         """
+        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Release everything."""
+
+    @abstractmethod
+    def _generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        adapter: str | None,
+    ) -> list[Rollout]:
+        """:meth:`generate` for what was checked."""
+
+    @abstractmethod
+    def _next_logprobs(
+        self, prompts: Sequence[np.ndarray], token_ids: list[int], adapter: str | None
+    ) -> np.ndarray:
+        """:meth:`next_logprobs` for what was checked, and at least one token."""
+
+    def _version_of(self, adapter: str | None) -> int:
+        return self._version if adapter is None else self._adapters[adapter].version
+
+    def _failed(self, why: str) -> EngineError:
+        """What to raise of a failed call."""
+        return EngineFault(f"{self._called} failed: {why}")
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise self._gone(f"{self._called} cannot be used any more: {self._dead}")
+
+    def _check_awake(self) -> None:
+        self._check_alive()
+        if self._asleep:
+            raise EngineError(f"{self._called} sleeps: wake it first")
+
+    def _check_usable(self, adapter: str | None) -> None:
+        self._check_awake()
+        if self._stale is not None:
+            raise EngineError(f"{self._called} holds no known weights: {self._stale}")
+        if adapter is not None and adapter not in self._adapters:
+            raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")

@@ -14,25 +14,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from fastalign import _bridge
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.printing import reason
 from fastalign.quantization import import_bitsandbytes, load_nf4
 from fastalign.rollout.engine import (
+    CLOSED,
+    Adapter,
     EngineError,
     EngineFault,
-    PromptTokens,
     Rollout,
+    RolloutEngine,
     SamplingSettings,
     SyncReport,
-    check_prompts,
-    check_stop,
-    nonsense,
-    nonsense_scores,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.token_bytes import token_bytes
@@ -43,11 +50,12 @@ _PREFILL_TOKENS = 32768
 # The same where nothing is sampled afterwards.  A CPU keeps activations of this size in its caches:
 # 1.4 times the tokens per second of one large pass, 1.7 times with an adapter.
 _CPU_SCORING_TOKENS = 1024
+_GROUPED_ATTENTION = "fastalign_grouped"
 # Tokens by which a cache layer grows: each growth copies the layer once.
 _ROOM = 64
 
 
-class HfEngine:
+class HfEngine(RolloutEngine):
     """Samples from a replica of the model with a key-value cache; see :class:`RolloutEngine`.
 
     Requests are sorted by prompt length and run ``max_num_seqs`` at a time.  Prompts are padded on
@@ -60,6 +68,7 @@ class HfEngine:
     """
 
     name = "hf"
+    _called = "the embedded engine"
 
     def __init__(
         self,
@@ -93,11 +102,10 @@ class HfEngine:
                 "the embedded engine must be made before HfDeepSpeedConfig: transformers would "
                 "shard its replica over the ranks"
             )
+        super().__init__(max_model_len, tokenizer is not None)
         self._tokens = _bridge.TokenBytes(token_bytes(tokenizer)) if tokenizer is not None else None
         self._device = torch.device(device)
         self._config = config
-        self.max_model_len = max_model_len
-        self.prompt_tokens = PromptTokens()
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             if load_in_4bit:
@@ -108,34 +116,24 @@ class HfEngine:
             raise
         except Exception as error:  # of all kinds where its files are damaged
             raise EngineError(f"{model_path} cannot be loaded: {reason(error)}") from None
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(_GROUPED_ATTENTION)
         self._model = model.to(self._device).eval().requires_grad_(False)
         self._vocab_size = model.config.get_text_config().vocab_size
         # Taken before any adapter renames them: PEFT keeps the same parameter objects.
         self._parameters = dict(self._model.named_parameters())
         self._peft: Any = None
-        self._adapters: dict[str, int] = {}
-        self._version = 0
-        self._asleep = False
-        self._failure: str | None = None
-        self._watchdog = Watchdog("the embedded engine", config.timeout_s)
+        self._adapters: dict[str, Adapter] = {}
+        self._watchdog = Watchdog(self._called, config.timeout_s)
 
-    def generate(
+    def _generate(
         self,
         prompts: Sequence[np.ndarray],
         settings: SamplingSettings,
         seeds: Sequence[int],
-        adapter: str | None = None,
+        adapter: str | None,
     ) -> list[Rollout]:
-        """Sample one completion for each prompt; see :class:`RolloutEngine`."""
-        self._check_usable(adapter)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
-        for index, seed in enumerate(seeds):
-            if not 0 <= seed < 2**64:
-                raise ValueError(f"seed {index} is {seed}: it must be from 0 to 2^64 - 1")
-        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
-        check_stop(settings, self._tokens is not None)
-        version = self._version if adapter is None else self._adapters[adapter]
+        version = self._version_of(adapter)
         results: list[Rollout | None] = [None] * len(prompts)
         with torch.inference_mode(), self._using(adapter), self._calling():
             for rows in self._batches(prompts, _PREFILL_TOKENS):
@@ -143,23 +141,13 @@ class HfEngine:
                 batch = self._sample([prompts[i] for i in rows], seeds_B, settings, version)
                 for row, rollout in zip(rows, batch, strict=True):
                     results[row] = rollout
-        rollouts = [rollout for rollout in results if rollout is not None]
-        wrong = nonsense(rollouts, settings, self._vocab_size)
-        if wrong is not None:
-            raise EngineFault(f"the embedded engine failed: {wrong}")
-        return rollouts
+        return [rollout for rollout in results if rollout is not None]
 
-    def next_logprobs(
-        self,
-        prompts: Sequence[np.ndarray],
-        token_ids: Sequence[int],
-        adapter: str | None = None,
+    def _next_logprobs(
+        self, prompts: Sequence[np.ndarray], token_ids: list[int], adapter: str | None
     ) -> np.ndarray:
-        """float32 [len(prompts), len(token_ids)]; see :class:`RolloutEngine`."""
-        self._check_usable(adapter)
-        check_prompts(prompts, 0, self.max_model_len, self._vocab_size)
         result = np.empty((len(prompts), len(token_ids)), dtype=np.float32)
-        wanted = torch.tensor(list(token_ids), dtype=torch.int64, device=self._device)
+        wanted = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         max_tokens = _CPU_SCORING_TOKENS if self._device.type == "cpu" else _PREFILL_TOKENS
         with torch.inference_mode(), self._using(adapter), self._calling():
             for rows in self._batches(prompts, max_tokens):
@@ -168,14 +156,7 @@ class HfEngine:
                 logits_UV = self._forward(ids_UP, mask_UP, _positions(mask_UP), cache=None)
                 logp_UK = logits_UV.float().log_softmax(dim=-1)[:, wanted].cpu().numpy()
                 result[rows] = logp_UK[source_B]
-        wrong = nonsense_scores(result)
-        if wrong is not None:
-            raise EngineFault(f"the embedded engine failed: {wrong}")
         return result
-
-    def all_agree(self, here: bool) -> bool:
-        """The engine is one rank's own."""
-        return here
 
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
@@ -190,7 +171,7 @@ class HfEngine:
         """
         self._check_awake()
         start = time.perf_counter()
-        self._failure = f"the transfer of version {version} did not finish"
+        self._stale = f"the transfer of version {version} did not finish"
         sent: dict[str, Fingerprint] = {}
         misshapen: list[str] = []
         size = 0
@@ -215,7 +196,7 @@ class HfEngine:
         received = {name: fingerprint(p) for name, p in self._parameters.items() if name in sent}
         verify(sent, received, names)
         verify(sent, received, frozenset(self._parameters))
-        self._failure = None
+        self._stale = None
         self._version = version
         return SyncReport(version, len(sent), size, time.perf_counter() - start, digest(sent))
 
@@ -256,7 +237,7 @@ class HfEngine:
                 size += tensor.numel() * tensor.element_size()
         received = {key: fingerprint(x) for key, x in _adapter_tensors(self._peft, name).items()}
         verify(sent, received, frozenset(tensors))
-        self._adapters[name] = version
+        self._adapters[name] = Adapter(version)
         return SyncReport(version, len(sent), size, time.perf_counter() - start, digest(sent))
 
     def sleep(self) -> None:
@@ -271,33 +252,14 @@ class HfEngine:
         self._asleep = False
         self._model.to(self._device)
 
-    def lost(self) -> bool:
-        """Not without the trainer: it is a part of this process."""
-        return False
-
-    def restart(self) -> None:
-        """See :meth:`lost`."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Let go of the replica; every later call raises :class:`EngineError`."""
-        self._failure = "the engine was closed"
+        self._dead = CLOSED
         self._model = self._peft = None
         self._parameters = {}
         self._adapters = {}
         if self._device.type != "cpu":
             torch.accelerator.empty_cache()
-
-    def _check_awake(self) -> None:
-        if self._asleep:
-            raise EngineError("the embedded engine sleeps: wake it first")
-
-    def _check_usable(self, adapter: str | None) -> None:
-        self._check_awake()
-        if self._failure is not None:
-            raise EngineError(f"the embedded engine holds no known weights: {self._failure}")
-        if adapter is not None and adapter not in self._adapters:
-            raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -309,7 +271,7 @@ class HfEngine:
             raise
         except RuntimeError as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise EngineFault(f"the embedded engine failed: {what}") from error
+            raise self._failed(what) from error
 
     @contextmanager
     def _using(self, adapter: str | None) -> Iterator[None]:
@@ -472,6 +434,39 @@ class HfEngine:
             return None
         assert self._tokens is not None
         return _bridge.StopMatcher(self._tokens, [text.encode() for text in stop], rows)
+
+
+def _grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA, but for one new token: query [B, H, 1, D], keys and values [B, K, L, D].
+
+    The H / K heads that share a key are then given as so many queries of one head.  transformers
+    copies keys and values for each of them instead, the whole cache for every token, which takes
+    three times as long as the attention itself.
+    """
+    rows, heads, length, width = query.shape
+    shared = key.shape[1]
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if length > 1 or heads == shared or by_head or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    grouped = query.reshape(rows, shared, heads // shared, width)
+    output = scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(_GROUPED_ATTENTION, _grouped_attention)
+AttentionMaskInterface.register(_GROUPED_ATTENTION, sdpa_mask)
 
 
 class _RoomyLayer(DynamicLayer):

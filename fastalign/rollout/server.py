@@ -31,25 +31,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
-from fastalign.rollout.engine import (
-    EngineError,
-    EngineFault,
-    PromptTokens,
-    Rollout,
-    SamplingSettings,
-    SyncReport,
-    check_prompts,
-    check_stop,
-    nonsense,
-    nonsense_scores,
-)
+from fastalign.rollout.engine import CLOSED, Adapter, EngineError, EngineFault, SyncReport
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm import (
+    VllmAnswers,
     check_transfer,
     engine_arguments,
     process_state_kept,
-    sampling_arguments,
-    scoring_arguments,
 )
 from fastalign.rollout.vllm_worker import Transfer
 from fastalign.rollout.watchdog import Watchdog
@@ -57,7 +45,6 @@ from fastalign.rollout.watchdog import Watchdog
 # One file, or one series of broadcasts, of a transfer of full weights.
 _BUCKET_BYTES = 512 * 2**20
 _MAX_ADAPTERS = 2
-_CLOSED = "it was closed"
 
 # Between this module and those that run in the server's processes.
 TOKEN = "FASTALIGN_SERVER_TOKEN"
@@ -75,11 +62,10 @@ _WORKER = re.compile(r"\((?:EngineCore|Worker)")
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    """A loaded adapter: what a request names it by, its version, and what its content has to be."""
+class _Adapter(Adapter):
+    """A loaded adapter: what a request names it by, and what its content has to be."""
 
     request: dict[str, Any]
-    version: int
     shapes: Mapping[str, list[int]]
     sent: Mapping[str, Fingerprint]
 
@@ -92,7 +78,7 @@ class _Sender(Protocol):
     def close(self) -> None: ...
 
 
-class ServerEngine:
+class ServerEngine(VllmAnswers):
     """Samples with a vLLM server that all ranks of this machine's run share.
 
     The server takes one call at a time, each with an empty prefix cache, so that a call is a
@@ -106,9 +92,13 @@ class ServerEngine:
 
     A server that fails, hangs, dies or answers nonsense is not asked again, but started anew by
     :meth:`restart`.
+
+    Sampling may run in a thread beside the trainer's own work, while no weights are sent.
     """
 
     name = "server"
+    _called = "the vLLM server"
+    _gone = EngineFault
 
     def __init__(
         self,
@@ -140,21 +130,16 @@ class ServerEngine:
                 the run has several nodes.
             EngineError: the server does not start, or not in time.
         """
+        super().__init__(max_model_len, tokenizer is not None)
         self._device = torch.device(device)
         self._on_cpu = self._device.type == "cpu"
         self._config = config
         _check_place(config, self._device)
         self._dtype = dtype
         self._max_adapters = _MAX_ADAPTERS if lora_rank is not None else 0
-        self._has_tokenizer = tokenizer is not None
-        self.max_model_len = max_model_len
-        self.prompt_tokens = PromptTokens()
         self._adapters: dict[str, _Adapter] = {}
-        self._last_id = self._version = 0
+        self._last_id = 0
         self._base_was_sent = False
-        # Why nothing can be sampled: for good, and until the next transfer.
-        self._dead: str | None = None
-        self._stale: str | None = None
         self._client: Any = None
         self._process: subprocess.Popen[bytes] | None = None
         self._sender: _Sender | None = None
@@ -176,62 +161,6 @@ class ServerEngine:
         self._launch()
 
     # --- the protocol ---
-
-    def generate(
-        self,
-        prompts: Sequence[np.ndarray],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        adapter: str | None = None,
-    ) -> list[Rollout]:
-        """Sample one completion for each prompt; see :class:`RolloutEngine`.
-
-        The server repeats a whole call bitwise for the same prompts, seeds and weights.  May run
-        in a thread beside the trainer's own work, while no weights are sent.
-        """
-        self._check_usable(adapter)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
-        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
-        check_stop(settings, self._has_tokenizer)
-        version = self._version if adapter is None else self._adapters[adapter].version
-        answers = self._call(prompts, sampling_arguments(settings), list(seeds), adapter)
-        with self._reading():
-            rollouts = [_rollout(answer, version) for answer in answers]
-        wrong = nonsense(rollouts, settings, self._vocab_size)
-        if wrong is not None:
-            raise self._failed(wrong)
-        return rollouts
-
-    def next_logprobs(
-        self,
-        prompts: Sequence[np.ndarray],
-        token_ids: Sequence[int],
-        adapter: str | None = None,
-    ) -> np.ndarray:
-        """float32 [len(prompts), len(token_ids)]; see :class:`RolloutEngine`."""
-        self._check_usable(adapter)
-        # One token is sampled beside the scores.
-        check_prompts(prompts, 1, self.max_model_len, self._vocab_size)
-        wanted = [int(token) for token in token_ids]
-        result = np.empty((len(prompts), len(wanted)), dtype=np.float32)
-        if not wanted:
-            return result
-        answers = self._call(prompts, scoring_arguments(wanted), [None] * len(prompts), adapter)
-        with self._reading():
-            for row, answer in enumerate(answers):
-                # The sampled token comes first, then those asked for in their order.
-                if answer["scored_ids"][1:] != wanted:
-                    raise ValueError(f"it scored {answer['scored_ids'][1:]}, not {wanted}")
-                result[row] = answer["logprobs"][1:]
-        wrong = nonsense_scores(result)
-        if wrong is not None:
-            raise self._failed(wrong)
-        return result
-
-    def all_agree(self, here: bool) -> bool:
-        """Each rank has its own requests."""
-        return here
 
     def load_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], names: frozenset[str], version: int
@@ -290,11 +219,7 @@ class ServerEngine:
         """
         start = time.perf_counter()
         self._meet()
-        if name not in self._adapters and len(self._adapters) == self._max_adapters:
-            raise EngineError(
-                f"adapter {name!r} has no room beside {sorted(self._adapters)}: the engine was "
-                f"made for {self._max_adapters}"
-            )
+        self._check_room(name)
         self._last_id += 1
         old = self._adapters.pop(name, None)
         outcome: Any = None
@@ -331,7 +256,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """End the server and all of its processes."""
-        self._dead = self._dead or _CLOSED
+        self._dead = self._dead or CLOSED
         self._stop()
 
     def _stop(self) -> None:
@@ -444,7 +369,7 @@ class ServerEngine:
 
     # --- requests ---
 
-    def _call(
+    def _ask(
         self,
         prompts: Sequence[np.ndarray],
         settings: Mapping[str, Any],
@@ -460,19 +385,7 @@ class ServerEngine:
         answers = self._post(CALL, call) if prompts else []
         if not isinstance(answers, list) or len(answers) != len(prompts):
             raise self._failed(f"it answered {len(prompts)} prompts with {_line(answers)}")
-        with self._reading():
-            self.prompt_tokens.cached += sum(answer["cached"] for answer in answers)
-        self.prompt_tokens.total += sum(prompt.size for prompt in prompts)
-        return answers
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Inside the block, an answer that is not what an answer looks like is a failure."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            why = f"an answer that is none: {type(error).__name__}: {_line(error)}"
-            raise self._failed(why) from None
+        return self._counted(prompts, answers)
 
     def _post(self, path: str, body: Mapping[str, Any] | None) -> Any:
         """The server's answer as JSON; any failure is the engine's end."""
@@ -502,26 +415,15 @@ class ServerEngine:
             return f"It ended with exit code {code}: {self._last_words()}"
         return f"Its last words: {self._last_words()}"
 
-    def _failed(self, why: str) -> EngineFault:
+    def _failed(self, why: str) -> EngineError:
         self._dead = self._dead or why
-        return EngineFault(f"the vLLM server failed: {why}")
-
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineFault(f"the vLLM server cannot be used any more: {self._dead}")
+        return super()._failed(why)
 
     def _meet(self) -> None:
         """Wait for all ranks, which may still sample; raise on all of them where one found the
         server dead."""
         self._dead = next((why for why in _from_all(self._dead) if why is not None), None)
         self._check_alive()
-
-    def _check_usable(self, adapter: str | None) -> None:
-        self._check_alive()
-        if self._stale is not None:
-            raise EngineError(f"the vLLM server holds no known weights: {self._stale}")
-        if adapter is not None and adapter not in self._adapters:
-            raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
 
     # --- weights ---
 
@@ -629,8 +531,8 @@ class ServerEngine:
             "lora_path": str(folder),
         }
         adapter = _Adapter(
-            request,
             version,
+            request,
             {key: list(tensor.shape) for key, tensor in folded.items()},
             {key: fingerprint(tensor) for key, tensor in folded.items()},
         )
@@ -770,17 +672,6 @@ def _flags(arguments: Mapping[str, Any]) -> list[str]:
         else:
             flags.append(f"--{name}={value}")
     return flags
-
-
-def _rollout(answer: Mapping[str, Any], version: int) -> Rollout:
-    if answer["scored_ids"] != answer["token_ids"]:
-        raise ValueError("its log-probs belong to other tokens than it sampled")
-    return Rollout(
-        token_ids=np.asarray(answer["token_ids"], dtype=np.int32),
-        logprobs=np.asarray(answer["logprobs"], dtype=np.float32),
-        finish_reason=answer["finish_reason"],
-        weight_version=version,
-    )
 
 
 def _fingerprints(rows: Mapping[str, Sequence[int]]) -> dict[str, Fingerprint]:

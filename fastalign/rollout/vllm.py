@@ -18,6 +18,7 @@ import random
 import shutil
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,16 +36,14 @@ from transformers import PreTrainedTokenizerBase
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import (
+    CLOSED,
+    Adapter,
     EngineError,
     EngineFault,
-    PromptTokens,
     Rollout,
+    RolloutEngine,
     SamplingSettings,
     SyncReport,
-    check_prompts,
-    check_stop,
-    nonsense,
-    nonsense_scores,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm_worker import Transfer
@@ -58,8 +57,6 @@ _PATIENCE = timedelta(hours=2)
 
 _log = logging.getLogger(__name__)
 
-_CLOSED = "it was closed"
-
 # Every engine that vLLM started.  One that Python collects takes the default process group with it,
 # which is the trainer's, and the groups of every other engine.  So their shells stay until the
 # process ends; close() empties them.
@@ -67,11 +64,10 @@ _started: list[Any] = []
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    """A loaded adapter: its request, version, and what its content has to be on this rank."""
+class _Adapter(Adapter):
+    """A loaded adapter: its request, and what its content has to be on this rank."""
 
     request: Any
-    version: int
     sent: Mapping[str, Fingerprint]
     shapes: Mapping[str, torch.Size]
 
@@ -107,7 +103,85 @@ class _Ranks:
         return parts
 
 
-class VllmEngine:
+class VllmAnswers(RolloutEngine):
+    """What engines ask of vLLM, in whatever process, and how they read its answers.
+
+    A whole call repeats bitwise for the same prompts, seeds and weights.  Half of a call may give
+    other tokens, because the rounding of batched products depends on the batch; so may a call on
+    another number of ranks.
+
+    vLLM keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
+    by the token id, and reads stop strings from whole characters: a token that completes one and
+    begins another character ends the completion when that character is whole.
+    """
+
+    # Beside the scores.
+    _scoring_tokens = 1
+    _max_adapters: int
+
+    def _generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        adapter: str | None,
+    ) -> list[Rollout]:
+        version = self._version_of(adapter)
+        answers = self._ask(prompts, sampling_arguments(settings), list(seeds), adapter)
+        with self._reading():
+            return [_rollout(answer, version) for answer in answers]
+
+    def _next_logprobs(
+        self, prompts: Sequence[np.ndarray], token_ids: list[int], adapter: str | None
+    ) -> np.ndarray:
+        settings, seeds = scoring_arguments(token_ids), [None] * len(prompts)
+        answers = self._ask(prompts, settings, seeds, adapter)
+        result = np.empty((len(prompts), len(token_ids)), dtype=np.float32)
+        with self._reading():
+            for row, answer in enumerate(answers):
+                # The sampled token comes first, then those asked for in their order.
+                if answer["scored_ids"][1:] != token_ids:
+                    raise ValueError(f"it scored {answer['scored_ids'][1:]}, not {token_ids}")
+                result[row] = answer["logprobs"][1:]
+        return result
+
+    @abstractmethod
+    def _ask(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: Mapping[str, Any],
+        seeds: Sequence[int | None],
+        adapter: str | None,
+    ) -> list[dict[str, Any]]:
+        """What :func:`plain_answer` makes of vLLM's for each prompt; see :meth:`_counted`."""
+
+    def _counted(
+        self, prompts: Sequence[np.ndarray], answers: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The answers, once the tokens of their prompts are counted."""
+        with self._reading():
+            self.prompt_tokens.cached += sum(answer["cached"] for answer in answers)
+        self.prompt_tokens.total += sum(prompt.size for prompt in prompts)
+        return answers
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside the block, an answer that is not what an answer looks like is a failure."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            why = f"an answer that is none: {type(error).__name__}: {_line(error)}"
+            raise self._failed(why) from None
+
+    def _check_room(self, name: str) -> None:
+        if name not in self._adapters and len(self._adapters) == self._max_adapters:
+            raise EngineError(
+                f"adapter {name!r} has no room beside {sorted(self._adapters)}: the engine was "
+                f"made for {self._max_adapters}"
+            )
+
+
+class VllmEngine(VllmAnswers):
     """Samples with vLLM, inside the process of each rank that it runs on.
 
     With ``rollout.tensor_parallel_size`` T one engine runs on T neighbouring ranks, each with its
@@ -131,6 +205,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    _called = "the vLLM engine"
 
     def __init__(
         self,
@@ -173,6 +248,7 @@ class VllmEngine:
             ConfigError: NF4 in float32, which vLLM does not have.
             EngineError: several ranks without a process group, or vLLM does not start.
         """
+        super().__init__(max_model_len, tokenizer is not None)
         if load_in_4bit and dtype == torch.float32:
             raise ConfigError(
                 "rollout.dtype: vLLM computes with NF4 in half precision alone; set it to "
@@ -234,87 +310,13 @@ class VllmEngine:
         _started.append(self._llm)
         self._request_type = LoRARequest
         self._dtype = dtype
-        self._has_tokenizer = tokenizer is not None
-        self.max_model_len = max_model_len
-        self.prompt_tokens = PromptTokens()
         self._max_adapters = max_adapters if lora_rank is not None else 0
         self._vocab_size = self._llm.model_config.get_vocab_size()
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign-adapters-")
         self._adapters: dict[str, _Adapter] = {}
         self._last_id = 0
-        self._version = 0
-        # Why nothing can be sampled: for good, and until the next transfer.
-        self._dead: str | None = None
-        self._stale: str | None = None
-        self._asleep = False
         self._kv_cache_asleep = False
         self._watchdog = Watchdog("vLLM", config.timeout_s)
-
-    def generate(
-        self,
-        prompts: Sequence[np.ndarray],
-        settings: SamplingSettings,
-        seeds: Sequence[int],
-        adapter: str | None = None,
-    ) -> list[Rollout]:
-        """Sample one completion for each prompt; see :class:`RolloutEngine`.
-
-        vLLM repeats a whole call bitwise for the same prompts, seeds and weights.  Half of a call
-        may give other tokens, because the rounding of batched products depends on the batch; so
-        may a call on another number of ranks.
-
-        It keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
-        by the token id, and reads stop strings from whole characters: a token that completes one
-        and begins another character ends the completion when that character is whole.
-        """
-        from vllm import SamplingParams
-
-        self._check_usable(adapter)
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts have {len(seeds)} seeds: each wants one")
-        check_prompts(prompts, settings.max_new_tokens, self.max_model_len, self._vocab_size)
-        check_stop(settings, self._has_tokenizer)
-        common = sampling_arguments(settings)
-        params = [SamplingParams(**common, seed=seed) for seed in seeds]
-        version = self._version if adapter is None else self._adapters[adapter].version
-        outputs = self._run(prompts, params, adapter)
-        if any(list(x.logprobs.token_ids) != list(x.token_ids) for x in outputs):
-            raise self._failed("its log-probs belong to other tokens than it sampled")
-        rollouts = [_rollout(output, version) for output in outputs]
-        wrong = nonsense(rollouts, settings, self._vocab_size)
-        if wrong is not None:
-            raise self._failed(wrong)
-        return rollouts
-
-    def next_logprobs(
-        self,
-        prompts: Sequence[np.ndarray],
-        token_ids: Sequence[int],
-        adapter: str | None = None,
-    ) -> np.ndarray:
-        """float32 [len(prompts), len(token_ids)]; see :class:`RolloutEngine`."""
-        from vllm import SamplingParams
-
-        self._check_usable(adapter)
-        # One token is sampled beside the scores.
-        check_prompts(prompts, 1, self.max_model_len, self._vocab_size)
-        wanted = [int(token) for token in token_ids]
-        params = SamplingParams(**scoring_arguments(wanted))
-        result = np.empty((len(prompts), len(wanted)), dtype=np.float32)
-        if not wanted:
-            return result
-        for row, output in enumerate(self._run(prompts, [params] * len(prompts), adapter)):
-            scores = output.logprobs
-            # The sampled token comes first, then those asked for in their order.
-            if list(scores.token_ids[1:]) != wanted:
-                raise self._failed(
-                    f"it scored the tokens {list(scores.token_ids[1:])} where {wanted} were asked"
-                )
-            result[row] = scores.logprobs[1:]
-        wrong = nonsense_scores(result)
-        if wrong is not None:
-            raise self._failed(wrong)
-        return result
 
     def all_agree(self, here: bool) -> bool:
         """See :class:`RolloutEngine`."""
@@ -383,11 +385,7 @@ class VllmEngine:
         """
         self._check_awake()
         start = time.perf_counter()
-        if name not in self._adapters and len(self._adapters) == self._max_adapters:
-            raise EngineError(
-                f"adapter {name!r} has no room beside {sorted(self._adapters)}: the engine was "
-                f"made for {self._max_adapters}"
-            )
+        self._check_room(name)
         folded = fold(name, tensors, config, self._dtype)
         self._last_id += 1
         folder = Path(self._folder.name) / str(self._last_id)
@@ -452,33 +450,20 @@ class VllmEngine:
         if self._max_adapters:
             self._reset_prefix_cache()
 
-    def lost(self) -> bool:
-        """Not without the trainer, whose memory, threads and process group it shares."""
-        return False
-
-    def restart(self) -> None:
-        """See :meth:`lost`."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Drop the model and the cache; the process group stays."""
-        if self._dead != _CLOSED:
-            self._dead = _CLOSED
+        if self._dead != CLOSED:
+            self._dead = CLOSED
             self._llm.collective_rpc("shutdown")
             self._llm = None
             self._adapters = {}
             self._folder.cleanup()
             gc.collect()
 
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineError(f"the vLLM engine cannot be used any more: {self._dead}")
-
     def _failed(self, why: str) -> EngineError:
-        self._dead = why
+        self._dead, text = why, f"vLLM failed: {why}"
         # Others that share the engine may be stuck in it.
-        kind = EngineError if self._ranks.shared else EngineFault
-        return kind(f"vLLM failed: {why}")
+        return EngineError(text) if self._ranks.shared else EngineFault(text)
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -492,57 +477,48 @@ class VllmEngine:
             # What was queued may still be, and would be mixed into the next call's answers.
             raise self._failed(f"{type(error).__name__}: {_line(error)}") from error
 
-    def _check_awake(self) -> None:
-        self._check_alive()
-        if self._asleep:
-            raise EngineError("the vLLM engine sleeps: wake it first")
+    def _ask(
+        self,
+        prompts: Sequence[np.ndarray],
+        settings: Mapping[str, Any],
+        seeds: Sequence[int | None],
+        adapter: str | None,
+    ) -> list[dict[str, Any]]:
+        """By one call with the prompts of all ranks that the engine runs on."""
+        from vllm import SamplingParams
 
-    def _check_usable(self, adapter: str | None) -> None:
-        self._check_awake()
-        if self._stale is not None:
-            raise EngineError(f"the vLLM engine holds no known weights: {self._stale}")
-        if adapter is not None and adapter not in self._adapters:
-            raise EngineError(f"no adapter {adapter!r} is loaded: {sorted(self._adapters)} are")
-
-    def _run(
-        self, prompts: Sequence[np.ndarray], params: Sequence[Any], adapter: str | None
-    ) -> list[Any]:
-        """One completion output per prompt of this rank, from one call with those of all ranks that
-        the engine runs on."""
-        version = self._version if adapter is None else self._adapters[adapter].version
-        calls = self._ranks.gather((list(prompts), list(params), (adapter, version)))
-        who = {asked for _, _, asked in calls}
+        calls = self._ranks.gather(
+            (list(prompts), settings, seeds, (adapter, self._version_of(adapter)))
+        )
+        who = {asked for *_, asked in calls}
         if len(who) > 1:
             raise EngineError(
                 "the ranks that share the vLLM engine ask different weights (adapter, version): "
                 f"{sorted(who, key=str)}"
             )
-        everything = [prompt for part, _, _ in calls for prompt in part]
+        params = [SamplingParams(**common, seed=x) for _, common, part, _ in calls for x in part]
         with self._calling():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt.tolist()} for prompt in everything],
-                [param for _, part, _ in calls for param in part],
+                [{"prompt_token_ids": x.tolist()} for part, *_ in calls for x in part],
+                params,
                 use_tqdm=partial(_Progress, self._watchdog.beat),
                 lora_request=None if adapter is None else self._adapters[adapter].request,
             )
+            answers = [plain_answer(output) for output in outputs]
             if len(calls) > 1:
-                self._check_same([output.outputs[0] for output in outputs])
-        first = sum(len(part) for part, _, _ in calls[: self._ranks.index])
-        mine = outputs[first : first + len(prompts)]
-        for prompt, output in zip(prompts, mine, strict=True):
-            self.prompt_tokens.total += prompt.size
-            self.prompt_tokens.cached += output.num_cached_tokens or 0
-        return [output.outputs[0] for output in mine]
+                self._check_same(answers)
+        first = sum(len(part) for part, *_ in calls[: self._ranks.index])
+        return self._counted(prompts, answers[first : first + len(prompts)])
 
-    def _check_same(self, outputs: Sequence[Any]) -> None:
+    def _check_same(self, answers: Sequence[Mapping[str, Any]]) -> None:
         """The ranks of the engine compute one answer to each prompt, to the bit."""
-        found = self._ranks.gather([_answer_hash(output) for output in outputs])
+        found = self._ranks.gather([_answer_hash(answer) for answer in answers])
         for row, hashes in enumerate(zip(*found, strict=True)):
             if len(set(hashes)) > 1:
                 self._dead = "its ranks do not compute the same"
                 raise EngineError(
                     f"the {len(hashes)} ranks that share the vLLM engine got different answers to "
-                    f"prompt {row} of {len(outputs)}: they do not hold the same weights, or do not "
+                    f"prompt {row} of {len(answers)}: they do not hold the same weights, or do not "
                     "run the same kernels"
                 )
 
@@ -586,12 +562,12 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _answer_hash(output: Any) -> bytes:
-    """Of tokens, log-probs and reason of one completion output."""
-    answer = hashlib.blake2b(str(output.finish_reason).encode(), digest_size=8)
-    answer.update(np.asarray(output.token_ids, dtype=np.int32).tobytes())
-    answer.update(np.asarray(output.logprobs.logprobs, dtype=np.float32).tobytes())
-    return answer.digest()
+def _answer_hash(answer: Mapping[str, Any]) -> bytes:
+    """Of tokens, log-probs and reason."""
+    found = hashlib.blake2b(str(answer["finish_reason"]).encode(), digest_size=8)
+    found.update(np.asarray(answer["token_ids"], dtype=np.int32).tobytes())
+    found.update(np.asarray(answer["logprobs"], dtype=np.float32).tobytes())
+    return found.digest()
 
 
 def check_transfer(transfer: Transfer, names: frozenset[str]) -> None:
@@ -652,11 +628,25 @@ def scoring_arguments(token_ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _rollout(output: Any, version: int) -> Rollout:
+def plain_answer(result: Any) -> dict[str, Any]:
+    """What an engine reads of vLLM's output for one prompt, as JSON has it."""
+    (output,) = result.outputs
+    return {
+        "token_ids": list(output.token_ids),
+        "scored_ids": list(output.logprobs.token_ids),
+        "logprobs": list(output.logprobs.logprobs),
+        "finish_reason": output.finish_reason,
+        "cached": result.num_cached_tokens or 0,
+    }
+
+
+def _rollout(answer: Mapping[str, Any], version: int) -> Rollout:
+    if answer["scored_ids"] != answer["token_ids"]:
+        raise ValueError("its log-probs belong to other tokens than it sampled")
     return Rollout(
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
-        finish_reason=output.finish_reason,
+        token_ids=np.asarray(answer["token_ids"], dtype=np.int32),
+        logprobs=np.asarray(answer["logprobs"], dtype=np.float32),
+        finish_reason=answer["finish_reason"],
         weight_version=version,
     )
 

@@ -23,6 +23,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastalign.rollout.server import CALL, FOLDER, GRACE_S, MODEL, TOKEN, shared_memory
+from fastalign.rollout.vllm import plain_answer
 
 _one_call = asyncio.Lock()
 _numbers = itertools.count()
@@ -75,18 +76,7 @@ async def _call(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
             ]
         finally:
             await engine.resume_generation()
-        return [_answer(await queue.get()) for queue in queues]
-
-
-def _answer(result: Any) -> dict[str, Any]:
-    (output,) = result.outputs
-    return {
-        "token_ids": list(output.token_ids),
-        "scored_ids": list(output.logprobs.token_ids),
-        "logprobs": list(output.logprobs.logprobs),
-        "finish_reason": output.finish_reason,
-        "cached": result.num_cached_tokens or 0,
-    }
+        return [plain_answer(await queue.get()) for queue in queues]
 
 
 def _guard() -> None:
