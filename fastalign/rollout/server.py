@@ -45,6 +45,7 @@ from fastalign.rollout.engine import (
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm import (
+    ONEDNN_CACHE,
     check_transfer,
     engine_arguments,
     process_state_kept,
@@ -369,7 +370,7 @@ class ServerEngine:
 
     def _start(self, arguments: list[str], token: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="fastalign-server-", dir=_memory_place()))
-        environment = {
+        environment = ONEDNN_CACHE | {
             key: value
             for key, value in os.environ.items()
             # torchrun's, which are the trainer's, and what an engine in this process has set.
