@@ -35,7 +35,7 @@ from fastalign.rollout import (
     make_engine,
 )
 from fastalign.rollout.hf import HfEngine
-from fastalign.rollout.vllm import VllmEngine
+from fastalign.rollout.vllm import VllmEngine, _rollout, sampling_arguments
 from fastalign.rollout.watchdog import Watchdog
 
 # fp32 on both sides, other kernels: 2-layer logits of size 1.
@@ -328,6 +328,28 @@ def test_adapters_answer_beside_the_base(engine, model, tiny_llama):
     np.testing.assert_array_equal(engine.next_logprobs(prompts, [5, 6]), base)
     with pytest.raises(EngineError, match=r"'third' has no room beside .'judge', 'policy'."):
         engine.load_adapter("third", tensors, config, version=1)
+
+
+def test_adapters_do_not_mix_within_a_batch(engine, model, tiny_llama):
+    """vLLM itself gives rows without an adapter what is in its last slot."""
+    from vllm import SamplingParams
+
+    prompts = _prompts(model.config.vocab_size)
+    modules = ["q_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
+    models: dict[str | None, Any] = {None: model}
+    for name, seed in (("policy", 5), ("judge", 6)):
+        models[name], tensors, config = _adapter(tiny_llama, seed, target_modules=modules)
+        engine.load_adapter(name, tensors, config, version=seed)
+    asked = [None, "judge", "policy", "policy", None, "judge", "judge", None, "policy"]
+    outputs = engine._llm.generate(
+        [{"prompt_token_ids": prompt.tolist()} for prompt in prompts],
+        SamplingParams(**sampling_arguments(SamplingSettings(4)), seed=0),
+        lora_request=[name and engine._adapters[name].request for name in asked],
+        use_tqdm=False,
+    )
+    for name, prompt, output in zip(asked, prompts, outputs, strict=True):
+        rollout = _rollout(output.outputs[0], 0)
+        assert _gaps(models[name], [prompt], [rollout]).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(

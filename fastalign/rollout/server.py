@@ -34,6 +34,7 @@ from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import CLOSED, Adapter, EngineError, EngineFault, SyncReport
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm import (
+    ONEDNN_CACHE,
     VllmAnswers,
     check_transfer,
     engine_arguments,
@@ -294,7 +295,7 @@ class ServerEngine(VllmAnswers):
 
     def _start(self, arguments: list[str], token: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="fastalign-server-", dir=_memory_place()))
-        environment = {
+        environment = ONEDNN_CACHE | {
             key: value
             for key, value in os.environ.items()
             # torchrun's, which are the trainer's, and what an engine in this process has set.

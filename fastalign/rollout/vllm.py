@@ -52,6 +52,11 @@ from fastalign.rollout.watchdog import Watchdog
 # One step on a CPU has to hold a whole prompt (see engine_arguments), and is slow below this.
 _MIN_BATCHED_TOKENS = 4096
 
+# oneDNN keeps the code that it made for each shape of a product, the last 1024 by default: prompts
+# of ever other lengths add 100 MiB over some hundred steps.  Shapes that come again, those of
+# decoding, are few, and vLLM itself keeps 32 for each matrix.
+ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+
 # A rank of an engine waits for the others, which may be judging.
 _PATIENCE = timedelta(hours=2)
 
@@ -270,6 +275,9 @@ class VllmEngine(VllmAnswers):
         _set_environment()
         try:
             with process_state_kept():
+                # Read once, when vLLM's oneDNN makes its first product.
+                for name, value in ONEDNN_CACHE.items():
+                    os.environ.setdefault(name, value)
                 from vllm import LLM
                 from vllm.lora.request import LoRARequest
                 from vllm.platforms import current_platform

@@ -6,6 +6,8 @@ methods by name through ``collective_rpc``.  Arguments and results stay in the p
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 
 from fastalign.rollout.sync import Fingerprint, fingerprint
+
+_log = logging.getLogger(__name__)
 
 # Rows and columns of a tensor, as it is indexed with them.
 Cut = tuple[slice | torch.Tensor, ...]
@@ -149,8 +153,10 @@ class WorkerExtension:
         Returns:
             Checksum of each tensor that has a place in the model, in the engine's dtype.
         """
-        self.add_lora(request)
         manager = self.get_model().lora_manager
+        if self.device.type == "cpu":
+            _use_dense_lora(manager)
+        self.add_lora(request)
         slot = manager.lora_index_to_id.index(request.lora_int_id)
         held: dict[str, Fingerprint] = {}
         for name, module, is_a, index, _ in self._adapter_places(shapes):
@@ -185,6 +191,24 @@ class WorkerExtension:
             module = manager.modules.get(module_name)
             if module is not None:
                 yield name, module, is_a, index, parts
+
+
+def _use_dense_lora(manager: Any) -> None:
+    """Compute adapters our way on vLLM's CPU backend, if it is the one that is known.
+
+    Layers are not compiled where vLLM takes adapters on a CPU, so what they call may change.
+    """
+    try:
+        from fastalign.rollout.vllm_lora import install
+
+        install(manager)
+    except ImportError as error:
+        _tell(f"adapters are computed by vLLM's own operations, which are slow on a CPU: {error}")
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    _log.warning(line)
 
 
 # ------------------------------------------------------------------ parts of one rank among several
