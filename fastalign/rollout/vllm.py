@@ -52,10 +52,10 @@ from fastalign.rollout.watchdog import Watchdog
 # One step on a CPU has to hold a whole prompt (see engine_arguments), and is slow below this.
 _MIN_BATCHED_TOKENS = 4096
 
-# oneDNN keeps the code that it made for each shape of a product, the last 1024 by default: prompts
-# of ever other lengths add 100 MiB over some hundred steps.  Shapes that come again, those of
-# decoding, are few, and vLLM itself keeps 32 for each matrix.
-ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+# oneDNN keeps the code that it made for each shape of a product, the last 1024 by default, and
+# prompts of ever other lengths bring new ones: 100 MiB over some hundred steps.  vLLM itself keeps
+# those of 32 numbers of rows for each matrix; beyond that it is enough that layers share them.
+ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 # A rank of an engine waits for the others, which may be judging.
 _PATIENCE = timedelta(hours=2)
