@@ -26,7 +26,6 @@ from fastalign import __version__
 from fastalign.config import ConfigError, ModelConfig
 from fastalign.footprint import load_model_config
 from fastalign.model import adapter_config, trained_on_nf4
-from fastalign.quantization import import_bitsandbytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LOSS = 0.05
@@ -218,7 +217,6 @@ def _revision(source: Path) -> str | None:
 
 
 def _adapt(model: PreTrainedModel, source: Path, base: str) -> PeftModel:
-    import_bitsandbytes()
     try:
         adapted = PeftModel.from_pretrained(model, str(source), adapter_name=ADAPTER)
     except (OSError, ValueError, RuntimeError) as error:
