@@ -25,6 +25,10 @@ from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _VERSION = re.compile(r"""^__version__\b[^=\n]*=\s*['"]([^'"]+)['"]""", re.MULTILINE)
@@ -48,27 +52,39 @@ logger = logging.getLogger(__name__)
 _hidden: dict[str, str] = {}
 
 
-def outside_ranges() -> list[str]:
-    """One line for each installed package whose version is outside the range that was tested.
-
-    The ranges are those of FastAlign's own requirements, as its installation has them; a source
-    tree that is not installed has none.  Nothing is imported to find out.
-    """
+def requirements() -> list[Requirement] | None:
+    """FastAlign's own, as its installation has them; a source tree that is not installed has none
+    (None)."""
+    # Not at the top: `import fastalign` is light.
     from packaging.requirements import Requirement
 
     try:
-        requirements = metadata.requires("fastalign") or []
+        return [Requirement(line) for line in metadata.requires("fastalign") or ()]
     except metadata.PackageNotFoundError:
-        return []
+        return None
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution; None: there is none.  Nothing is imported to find out."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def allows(requirement: Requirement, version: str) -> bool:
+    return requirement.specifier.contains(version, prereleases=True)
+
+
+def outside_ranges() -> list[str]:
+    """One line for each installed package whose version is outside the range that was tested."""
     lines = []
-    for requirement in map(Requirement, requirements):
+    for requirement in requirements() or ():
         if requirement.name not in _OPTIONAL and "extra ==" in str(requirement.marker):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            continue  # what is needed and not there says so itself, when it is imported
-        if not requirement.specifier.contains(version, prereleases=True):
+        version = installed(requirement.name)
+        # What is needed and not there says so itself, when it is imported.
+        if version is not None and not allows(requirement, version):
             lines.append(
                 f"{requirement.name} {version} is outside the range that was tested, "
                 f"{requirement.specifier}: what fails may be due to that"
