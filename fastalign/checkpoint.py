@@ -428,10 +428,11 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
             f"ZeRO stage {layout['zero_stage']}, these are {here['processes']} at stage "
             f"{here['zero_stage']}: set zero_stage = {layout['zero_stage']}"
         )
-    if layout != here and not _regroups(model):
+    online = run.config.online
+    if layout != here and online is not None and online.fresh_adapter:
         raise ConfigError(
             f"resume_from_checkpoint: {path} was written by {layout['processes']} process(es), "
-            f"these are {here['processes']}: bfloat16 and online.fresh_adapter need as many; set "
+            f"these are {here['processes']}: online.fresh_adapter needs as many; set "
             f"nproc_per_node = {layout['processes']}"
         )
     # Rank 0 hashed them.
@@ -565,12 +566,6 @@ def _load_state(model: TrainedModel, folder: Path) -> None:
         )
     if loaded is None:
         raise ConfigError(f"{folder}: DeepSpeed could not load its part of the checkpoint")
-
-
-def _regroups(model: TrainedModel) -> bool:
-    """Whether another number of ranks can take over."""
-    online = model.config.online
-    return model.dtype == torch.float32 and not (online and online.fresh_adapter)
 
 
 def _load_regrouped(model: TrainedModel, path: Path) -> None:

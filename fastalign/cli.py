@@ -65,11 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return USAGE
     arguments, passed_on = parser.parse_known_args(argv)
     options = passed_on
     if hasattr(arguments, "overrides"):
         overrides, options = _separate(passed_on)
-        arguments.overrides += overrides
+        arguments.overrides = [*arguments.overrides, *overrides]
     if hasattr(arguments, "torchrun_options"):
         arguments.torchrun_options = options
     elif options:

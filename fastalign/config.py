@@ -180,7 +180,7 @@ class RolloutConfig(Strict):
     server: ServerConfig = Field(ServerConfig(), description="The server of engine 'server'.")
     timeout_s: PositiveFloat = Field(
         3600.0,
-        description="So long may an engine inside the trainer's process finish not one completion, "
+        description="So long may an engine inside the trainer's process start or finish nothing, "
         "and a server leave a call (a process's share of a round) unanswered.",
     )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(

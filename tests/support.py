@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 import fastalign.train as loop
+from fastalign import checkpoint
 from fastalign.config import Config, parse_config
 from fastalign.data import Example, Record
 from fastalign.methods import make_method
@@ -197,6 +200,21 @@ def distance(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> f
     assert left.keys() == right.keys() and left
     difference = sum((left[n].double() - right[n].double()).square().sum() for n in left)
     return float((difference / sum(t.double().square().sum() for t in right.values())).sqrt())
+
+
+@contextlib.contextmanager
+def saved_again(folder: Path) -> Iterator[None]:
+    """A run that is resumed writes what it has loaded into ``folder``, before it makes a step."""
+    original = checkpoint.load_checkpoint
+
+    def load(run: Run, path: Path) -> Any:
+        loaded = original(run, path)
+        checkpoint._save_state(run.model, folder)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_checkpoint", load)
+        yield
 
 
 def outside_environment(**extra: str) -> dict[str, str]:

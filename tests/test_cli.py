@@ -359,6 +359,28 @@ def test_two_ranks_make_the_same_mistake_once(desk):
     assert done.returncode == 2
 
 
+KILLS = """
+import os, signal
+
+def written(prompt, text):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_the_system_kills_is_named(desk):
+    """It says nothing itself, and the others know only that somebody is gone."""
+    (desk.folder / "kills.py").write_text(KILLS)
+    judge = {"path": f"{desk.folder / 'kills.py'}:written"}
+    recipe = desk.recipe("killed", **desk.online(judge=judge, nproc_per_node=2))
+    done = shell(sys.executable, "-m", "fastalign", "train", recipe)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "fastalign: rank 1 was ended by SIGKILL (as the system does without free memory), and the "
+        "run with it"
+    )
+
+
 def test_two_ranks_by_the_command_end_where_one_does(desk):
     """On one node, and on two of which each starts its own."""
     keys = {

@@ -160,38 +160,52 @@ def test_a_failed_call_ends_the_run_with_a_checkpoint(
 STUCK = """
 import ctypes, sys
 from fastalign.cli import main
-from fastalign.rollout.hf import HfEngine
+from fastalign.rollout import hf
 
-original, calls = HfEngine._sample, 0
+owner, name, call = eval(sys.argv[2])
+original, calls = getattr(owner, name), 0
 
-def stuck(*arguments):
+def stuck(*arguments, **options):
     global calls
     calls += 1
-    if calls == 2:
+    if calls == call:
         # In C, without end, and without Python's lock, as a kernel is.
         ctypes.CDLL(None).pause()
-    return original(*arguments)
+    return original(*arguments, **options)
 
-HfEngine._sample = stuck
+setattr(owner, name, stuck)
 sys.exit(main(["train", sys.argv[1], "rollout.timeout_s=4"]))
 """
+
+
+def stuck(recipe: Path, where: str) -> str:
+    """The last line of a run that hangs in a call of the embedded engine: (owner, name, which)."""
+    command = [sys.executable, "-c", STUCK, str(recipe), where]
+    done = subprocess.run(
+        command, env=outside_environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+HANGS = (
+    "has finished nothing in 4 s (rollout.timeout_s); it runs inside this process, which therefore "
+    "ends; it hangs in <string>:14, stuck"
+)
+
+
+def test_a_start_that_hangs_ends_the_process(sharp_llama, tmp_path):
+    path = written(online(sharp_llama, tmp_path), tmp_path / "recipe.yaml")
+    line = stuck(path, "(hf.AutoModelForCausalLM, 'from_pretrained', 1)")
+    assert line == f"fastalign: rollout engine: the embedded engine, while it starts, {HANGS}"
 
 
 def test_a_hang_in_this_process_ends_it(whole, sharp_llama, tmp_path):
     """In the second round, behind the checkpoint of the first step."""
     config = online(sharp_llama, tmp_path, save_steps=1)
     path = written(config, tmp_path / "recipe.yaml")
-    command = [sys.executable, "-c", STUCK, str(path)]
-    done = subprocess.run(
-        command, env=outside_environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith(
-        "fastalign: rollout engine: the embedded engine has finished nothing in 4 s "
-        "(rollout.timeout_s); it runs inside this process, which therefore ends; it hangs in "
-    )
-    assert line.endswith("<string>:13, stuck"), line
+    line = stuck(path, "(hf.HfEngine, '_sample', 2)")
+    assert line == f"fastalign: rollout engine: the embedded engine {HANGS}"
     assert not Path(config.output_dir, "adapter_model.safetensors").exists()
     assert main(["train", str(path), "--resume", "rollout.timeout_s=3600"]) == 0
     assert same(config, whole)

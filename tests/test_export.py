@@ -128,6 +128,55 @@ def test_a_merge_that_bfloat16_can_hold_is_written_in_it(half, tmp_path, capsys)
     assert told in (out / "README.md").read_text()
 
 
+def test_whole_weights_are_rounded_by_the_same_rule(half, tmp_path, capsys):
+    """A model that was trained a little, and one that was trained more."""
+    base = read(half)
+    for name, size in (("little", 1e-5), ("more", 1e-1)):
+        torch.manual_seed(4)
+        model, along, squared, changed = read(half), 0.0, 0.0, 0
+        with torch.no_grad():
+            for before, after in zip(base.parameters(), model.parameters(), strict=True):
+                after.add_(size * torch.randn_like(after))
+                update = (after - before).double()
+                arrived = after.bfloat16().double() - before.double()
+                along, squared = along + (arrived * update).sum(), squared + update.square().sum()
+                changed += int((after.bfloat16().float() != after).sum())
+        lost, share = float(1 - along / squared), changed / model.num_parameters()
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(half).save_pretrained(tmp_path / name)
+        cast = [tmp_path / name, tmp_path / f"{name}-out", "--dtype", "bfloat16"]
+        # Without a run's own word nobody knows what it was trained from.
+        assert f"rounds {share:.1%} of the numbers" in (told := refused(capsys, *cast))
+        assert "name it with --base, write --dtype float32" in told
+        run = {"recipe": {"model_name_or_path": str(half), "model_revision": None}}
+        (tmp_path / name / "run.json").write_text(json.dumps(run))
+        if name == "little":
+            assert lost > 0.1
+            told = refused(capsys, *cast)
+            assert f"--dtype bfloat16 loses {lost:.1%} of what {tmp_path / name} has learnt" in told
+            assert told.endswith("write --dtype float32")
+            told = refused(capsys, *cast, "--base", tmp_path / "nowhere")
+            assert "nowhere" in told
+            (tmp_path / name / "run.json").unlink()
+            cast += ["--max-loss", "1"]
+            says = "what that loses of the training was not measured"
+        else:
+            assert lost < 0.05
+            says = f"and loses {lost:.2%} of the update of {half}"
+        assert main(["export", *map(str, cast)]) == 0
+        told = capsys.readouterr().out.splitlines()[0]
+        assert told.startswith(f"whole weights in bfloat16, which rounds {share:.1%} of the")
+        assert says in told and told in (cast[1] / "README.md").read_text()
+        wanted = model.to(torch.bfloat16).state_dict()
+        found = read(cast[1], dtype="auto").state_dict()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_whole_weights_in_their_own_dtype_stay_as_they_are(half, tmp_path, capsys):
+    assert main(["export", str(half), str(tmp_path / "out")]) == 0
+    assert "whole weights in bfloat16, every number as it was" in capsys.readouterr().out
+
+
 def test_numbers_beyond_a_dtype_are_named(sharp_llama, tmp_path, capsys):
     adapter = make_adapter(sharp_llama, tmp_path / "a", 400.0)
     told = refused(capsys, adapter, tmp_path / "out", "--dtype", "float16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -336,6 +337,55 @@ def test_children_still_run_the_sitecustomize_of_their_environment(tmp_path):
     first, *output = python(LOOK, tmp_path, cwd=ROOT).splitlines()
     assert first == "customized"
     assert output == ["False", "[]", "customized", "False", "customized", "True"]
+
+
+# A bitsandbytes as on a CPU with AVX512-BF16, where the real one asks for a kernel of the hub.
+ASKS_THE_HUB = """
+import logging
+try:
+    from kernels import get_kernel
+except ImportError as reason:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernel: %s", reason)
+else:
+    get_kernel()
+"""
+HUB = "def get_kernel(*arguments, **options):\n    raise SystemExit('asked the hub for code')\n"
+AFTERWARDS = """
+import importlib.util, logging, sys
+print(importlib.util.find_spec("bitsandbytes") is not None, "bitsandbytes" in sys.modules)
+import {module}
+import kernels
+print("bitsandbytes" in sys.modules, hasattr(kernels, "get_kernel"))
+print(logging.getLogger("bitsandbytes.backends.cpu.ops").disabled)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "real"),
+    [
+        ("bitsandbytes", False),
+        pytest.param(
+            "fastalign.train",
+            True,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+            ),
+        ),
+    ],
+)
+def test_bitsandbytes_fetches_no_code_and_says_nothing(module, real, tmp_path):
+    """In a run it is PEFT that imports it, whatever the recipe says."""
+    fake_package(tmp_path, "kernels", "0.11.1", HUB)
+    if not real:
+        fake_package(tmp_path, "bitsandbytes", "0.50.0", ASKS_THE_HUB)
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastalign" + AFTERWARDS.format(module=module)],
+        cwd=tmp_path,
+        env=outside_environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("True False\nTrue True\nFalse\n", "")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -480,7 +480,6 @@ def test_ranks_choose_zero_2(tiny_llama, tmp_path):
 
 
 def test_without_bitsandbytes_one_line_names_it(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.delitem(nf4.sys.modules, "bitsandbytes", raising=False)
     find = importlib.util.find_spec
     monkeypatch.setattr(
         nf4.importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a)

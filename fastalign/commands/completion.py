@@ -16,7 +16,7 @@ EXAMPLES = """\
 CODES = "  0 done, 2 no such shell"
 SHELLS = ("bash", "zsh", "fish")
 # What arguments without choices name: a folder or hub name, or a file.
-FOLDERS = {"model", "adapter", "against_adapter", "base", "source", "out", "output_dir"}
+FOLDERS = {"model", "adapter", "against_adapter", "base", "source", "out", "output_dir", "runs"}
 FILES = {
     "recipe", "prompts", "answers", "files", "filled", "result", "judge", "template", "pairs",
     "against", "calibration", "include_path", "data", "output",
@@ -71,7 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
             _complete(action, shtab.FILE)
     words = " ".join(f"{key}=" for key in keys())
     preamble: Any = {s: text.format(function=KEYS, keys=words) for s, text in PREAMBLE.items()}
-    print(shtab.complete(parser, arguments.shell, preamble=preamble), end="")
+    script = shtab.complete(parser, arguments.shell, preamble=preamble)
+    if arguments.shell == "zsh":
+        # shtab 1.8 completes the first of several arguments alone: this is zsh's way to say "and
+        # all that follow".
+        script = script.replace('"(*)::', '"*:').replace('"(*):', '"*:')
+    print(script, end="")
     return OK
 
 

@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     demo = add_command(
         commands,
         "demo",
-        help="run the main job on this machine, start to finish",
+        help="train a small real model by both methods, and print before and after",
         examples=EXAMPLES,
     )
     demo.add_argument("--output-dir", default="runs/demo")

@@ -15,7 +15,8 @@ EXAMPLES = """\
   fastalign export runs/cut/best exported/best --base ./my-model --push-to-hub me/my-model
 
 An adapter is merged into its base in float32. Where the dtype that is written would lose more than
---max-loss of what the adapter changes, nothing is written.
+--max-loss of what the adapter changes, nothing is written. Whole weights are held to the same where
+--dtype rounds them, against the model that the run began from.
 """
 CODES = """\
   0 done, 1 the hub was not reached or refused, 2 the adapter, its base, the dtype or the command
@@ -33,19 +34,19 @@ def add(commands: Any) -> None:
     option = export.add_argument
     option("source", metavar="RUN_OR_ADAPTER", help="output_dir of a run, or an adapter's folder")
     option("out", metavar="OUT", help="folder that is made")
-    option("--base", metavar="MODEL", help="default: the one that the adapter names")
+    option("--base", metavar="MODEL", help="default: the one that the adapter or the run names")
     option(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="default: as the base is stored",
+        help="default: as the base, or the run, is stored",
     )
     option(
         "--max-loss",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="of the adapter's update that the dtype may lose; default: 0.05",
+        help="of what was learnt that the dtype may lose; default: 0.05",
     )
     option("--trust-remote-code", action="store_true", help="run the code that the base brings")
     option("--push-to-hub", metavar="REPO", help="then upload it, as NAME or OWNER/NAME")

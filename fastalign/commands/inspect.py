@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         commands, "inspect", help="show which tokens CUT flags, and why", examples=EXAMPLES
     )
     inspect.add_argument("recipe", help="YAML file with method: cut")
-    inspect.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    inspect.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     inspect.add_argument(
         "--records",
         type=whole_number(1),

@@ -28,6 +28,8 @@ from fastalign.errors import ConfigError
 from fastalign.preemption import SIGNALS, Interrupted, Stop
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from fastalign.config import Config
 
 # Processes that the main thread has started, where the system tells.
@@ -49,7 +51,7 @@ Options after the overrides that start with -- are torchrun's and are passed on 
 def add(commands: Any) -> None:
     train = add_command(commands, "train", help="train by a recipe", examples=EXAMPLES)
     train.add_argument("recipe", help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     planning = train.add_argument_group("with --dry-run, a plan of the memory").add_argument
     planning("--gpus", type=whole_number(1), metavar="N", help="how many, of all nodes")
@@ -232,8 +234,22 @@ def _torchrun(processes: int, options: list[str], arguments: list[str]) -> int:
                 return 128 + heard[-1]
             complain(f"paused: {signal.Signals(heard[0]).name} {TOO_EARLY}")
             return PAUSED
+        if not heard:
+            _name_killed(error)
         return next((code for code in (USAGE, PAUSED) if code in codes), FAILED)
     return OK
+
+
+def _name_killed(error: ChildFailedError) -> None:
+    """Say which rank a signal ended: it could not itself, and the others know nothing of it."""
+    _, first = error.get_first_failure()
+    for rank, failure in error.failures.items():
+        # torchrun ends the others: by SIGTERM, and half a minute later by SIGKILL.
+        late = failure.timestamp - first.timestamp > 10
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and not late:
+            why = " (as the system does without free memory)" if failure.exitcode == -9 else ""
+            complain(f"rank {rank} was ended by {failure.signal_name()}{why}, and the run with it")
+            return
 
 
 @contextlib.contextmanager

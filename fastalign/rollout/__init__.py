@@ -18,6 +18,7 @@ from fastalign.rollout.engine import (
     SamplingSettings,
     SyncReport,
 )
+from fastalign.rollout.watchdog import Watchdog
 
 __all__ = [
     "EngineError",
@@ -116,7 +117,8 @@ def make_engine(
     """Start the engine that ``config`` asks for, on this rank.
 
     Call it before anything sets up ZeRO-3 for transformers (``HfDeepSpeedConfig``), and with
-    several ranks after the default process group exists; it is collective then.
+    several ranks after the default process group exists; it is collective then.  A start that takes
+    longer than ``config.timeout_s`` in this process ends the process.
 
     Args:
         model_path: model folder or hub name to start from.
@@ -145,22 +147,6 @@ def make_engine(
             f"rollout.tensor_parallel_size is {config.tensor_parallel_size}, but {why}, and the "
             "embedded engine holds the whole model in each process"
         )
-    if name == "vllm":
-        from fastalign.rollout.vllm import VllmEngine
-
-        return VllmEngine(
-            model_path,
-            config,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            lora_rank=lora_rank,
-            seed=seed,
-            world_size=world_size,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            tokenizer=tokenizer,
-            load_in_4bit=load_in_4bit,
-        )
     if name == "server":
         from fastalign.rollout.server import ServerEngine
 
@@ -176,16 +162,35 @@ def make_engine(
             trust_remote_code=trust_remote_code,
             tokenizer=tokenizer,
         )
+    # In this process, where a start that hangs is ended as a call is; a server has its own limit.
+    if name == "vllm":
+        from fastalign.rollout.vllm import VllmEngine
+
+        with Watchdog("vLLM, while it starts,", config.timeout_s).watching():
+            return VllmEngine(
+                model_path,
+                config,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                lora_rank=lora_rank,
+                seed=seed,
+                world_size=world_size,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                tokenizer=tokenizer,
+                load_in_4bit=load_in_4bit,
+            )
     from fastalign.rollout.hf import HfEngine
 
-    return HfEngine(
-        model_path,
-        config,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        tokenizer=tokenizer,
-        load_in_4bit=load_in_4bit,
-    )
+    with Watchdog("the embedded engine, while it starts,", config.timeout_s).watching():
+        return HfEngine(
+            model_path,
+            config,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            tokenizer=tokenizer,
+            load_in_4bit=load_in_4bit,
+        )

@@ -30,7 +30,7 @@ from transformers.masking_utils import sdpa_mask
 from fastalign import _bridge
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.printing import reason
-from fastalign.quantization import import_bitsandbytes, load_nf4
+from fastalign.quantization import load_nf4
 from fastalign.rollout.engine import (
     CLOSED,
     Adapter,
@@ -287,7 +287,6 @@ class HfEngine(RolloutEngine):
         """Make room for adapter ``name``; the same configuration again keeps the modules."""
         from peft import LoraConfig, PeftConfig, PeftModel
 
-        import_bitsandbytes()
         parsed = PeftConfig.from_peft_type(**config)
         if not isinstance(parsed, LoraConfig):
             raise EngineError(f"adapter {name!r} is of type {parsed.peft_type}: LoRA is supported")
