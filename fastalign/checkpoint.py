@@ -8,12 +8,12 @@ import errno
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fastalign.episodes import forget_journals
 from fastalign.model import BASE_KEY, NF4, POLICY, TrainedModel, full_shape
 from fastalign.plugins import base_name
 from fastalign.run import Ahead, Run
+from fastalign.writer import Writer, hash_file, reason, sync
 
 # Behind fastalign.model, which prepares the environment that DeepSpeed reads when imported.
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # isort: skip
@@ -85,24 +86,72 @@ class _WriteError(Exception):
     """What kept some rank from writing; raised on all."""
 
 
-def save_checkpoint(run: Run, position: Position, pending: Pending) -> Path:
+def save_checkpoint(
+    run: Run, position: Position, pending: Pending, *, behind: bool = False
+) -> Path:
     """Write parameters, optimizer, random states and position; collective.
 
     The folder appears under its name when everything in it is on the disk, with a manifest that
     was written last; until then an earlier one is as it was.
 
+    Args:
+        behind: return when what training goes on to change is copied; the next checkpoint, or
+            :func:`finish_checkpoint`, waits for the rest.
+
     Raises:
-        CheckpointError: on all ranks, when one of them cannot write.
+        CheckpointError: on all ranks, when one of them cannot write this one, or the one before.
     """
+    finish_checkpoint(run)
     final = Path(run.config.output_dir) / f"{PREFIX}{position.step}"
     aside = final.with_name(f".{final.name}{PARTIAL}")
-    try:
+    with _removing_on_error(aside, final):
         _together(lambda: _make_room(run, aside))
-        _save_state(run.model, aside)
-        tensors = _reference_tensors(run.model) if position.references else {}
-        _together(lambda: _save_rest(run, aside, position, pending, tensors))
-        _save_manifest(aside)
-        _together(lambda: _publish(aside, final))
+    run.writer = writer = Writer(aside, run.host_memory if behind else None)
+    _save_state(run.model, writer)
+    tensors = _reference_tensors(run.model) if position.references else {}
+    _save_rest(run, writer, position, pending, tensors)
+    if not behind:
+        finish_checkpoint(run)
+    return final
+
+
+def finish_checkpoint(run: Run) -> None:
+    """Wait for a checkpoint that is being written, and give it its name; collective.
+
+    Raises:
+        CheckpointError: on all ranks, when one of them could not write.
+    """
+    if run.writer is None:
+        return
+    writer, run.writer = run.writer, None
+    final = _named(writer.folder)
+    with _removing_on_error(writer.folder, final):
+        writer.wait()
+        _agree(writer.problem)
+        _together(lambda: _publish(writer.folder, final, run.world_size))
+    if dist.get_rank() == 0:
+        forget_old(run.config)
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def finishing(run: Run) -> Iterator[None]:
+    """Leave no checkpoint half-written behind the block.  Behind an error, which the other ranks
+    may know nothing of, its files are brought to the disk: whoever resumes gives it its name."""
+    try:
+        yield
+    except BaseException:
+        if run.writer is not None:
+            run.writer.wait()
+        raise
+    finish_checkpoint(run)
+
+
+@contextlib.contextmanager
+def _removing_on_error(aside: Path, final: Path) -> Iterator[None]:
+    """What some rank cannot write is removed, and raised on all; collective."""
+    try:
+        yield
     except _WriteError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -110,10 +159,6 @@ def save_checkpoint(run: Run, position: Position, pending: Pending) -> Path:
         left = checkpoints(final.parent)
         state = f"{left[-1]} is whole" if left else "there is no earlier one"
         raise CheckpointError(f"{final} could not be written: {error}; {state}") from None
-    if dist.get_rank() == 0:
-        forget_old(run.config)
-    dist.barrier()
-    return final
 
 
 def _together(work: Callable[[], None]) -> None:
@@ -122,7 +167,7 @@ def _together(work: Callable[[], None]) -> None:
     try:
         work()
     except (OSError, SafetensorError) as error:
-        problem = _reason(error)
+        problem = reason(error)
     _agree(problem)
 
 
@@ -138,23 +183,13 @@ def _gather(mine: Any) -> list[Any]:
     return everyone
 
 
-def _reason(error: BaseException) -> str:
-    """The system's own words, from wherever they are hidden."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
-
-
 def _make_room(run: Run, aside: Path) -> None:
     if dist.get_rank() != 0:
         return
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     earlier = checkpoints(aside.parent)
-    needed = _bytes_of(earlier[-1]) if earlier else _bytes_to_come(run.model)
+    needed = _bytes_of(earlier[-1]) if earlier else bytes_to_come(run.model)
     free = shutil.disk_usage(aside).free
     if free < needed:
         raise OSError(
@@ -166,69 +201,78 @@ def _bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _bytes_to_come(model: TrainedModel) -> int:
+def bytes_to_come(model: TrainedModel) -> int:
     """The first checkpoint's size: weights, and what AdamW keeps of those that are trained."""
     size = 0
     for parameter in model.policy.parameters():
+        own = parameter.element_size()
         if parameter.requires_grad:
-            moments = 8 if parameter.dtype == torch.float32 and not model.zero_stage else 12
-            size += full_shape(parameter).numel() * (parameter.element_size() + moments)
+            masters = 4 if parameter.dtype != torch.float32 or model.zero_stage else 0
+            # ZeRO-3 makes the weights of the masters.
+            weights = 0 if model.zero_stage == 3 else own
+            size += full_shape(parameter).numel() * (weights + masters + 8)
         elif not model.uses_adapter:
-            size += full_shape(parameter).numel() * parameter.element_size()
+            size += full_shape(parameter).numel() * own
     return size
 
 
 def _save_rest(
     run: Run,
-    aside: Path,
+    writer: Writer,
     position: Position,
     pending: Pending,
     reference: dict[str, torch.Tensor],
 ) -> None:
     """What DeepSpeed does not know of."""
-    _save_random_state(aside / f"random-{run.rank}.safetensors")
-    if run.rank != 0:
-        return
-    if reference:
-        save_file(reference, aside / REFERENCE_FILE)
-    if pending.examples:
-        save_examples(aside / "pending.npz", pending.examples)
-    if pending.ahead is not None:
-        ahead = asdict(replace(pending.ahead, sampling=None))
-        (aside / "ahead.json").write_text(json.dumps(ahead), encoding="utf-8")
-    (aside / "recipe.yaml").write_text(dump_config(run.config), encoding="utf-8")
-    facts = {
-        "layout.json": {"processes": run.world_size, "zero_stage": run.model.zero_stage},
-        "identity.json": run.identity,
-        "position.json": asdict(replace(position, logged=run.tracker.logged)),
-    }
-    for name, content in facts.items():
-        (aside / name).write_text(json.dumps(content), encoding="utf-8")
+    folder = writer.folder
+    state, gauss = _random_state()
+    writer.write(
+        folder / f"random-{run.rank}.safetensors",
+        lambda path: save_file(state, path, metadata={"gauss": gauss}),
+    )
+    if run.rank == 0:
+        with writer.noting():
+            position = replace(position, logged=run.tracker.logged)
+        if reference:
+            writer.write(folder / REFERENCE_FILE, lambda path: save_file(reference, path))
+        if pending.examples:
+            writer.write(folder / "pending.npz", lambda path: save_examples(path, pending.examples))
+        texts = {
+            "recipe.yaml": dump_config(run.config),
+            "layout.json": json.dumps(
+                {"processes": run.world_size, "zero_stage": run.model.zero_stage}
+            ),
+            "identity.json": json.dumps(run.identity),
+            "position.json": json.dumps(asdict(position)),
+        }
+        if pending.ahead is not None:
+            texts["ahead.json"] = json.dumps(asdict(replace(pending.ahead, sampling=None)))
+        for name, text in texts.items():
+            writer.write(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+    writer.end(_part(folder, run.rank))
 
 
-def _save_manifest(folder: Path) -> None:
-    """Bring every file to the disk, and the hashes of all of them last; collective."""
-    hashes: dict[str, str] = {}
+def _part(folder: Path, rank: int) -> Path:
+    """The hashes of what a rank has written, all of which is on the disk."""
+    return folder / f"manifest-{rank}.json"
 
-    def mine() -> None:
-        names = _files(folder)
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
-            _sync(folder / name)
-            hashes[name] = _hash(folder / name)
 
-    _together(mine)
-    everyone = _gather(hashes)
-
-    def manifest() -> None:
-        if dist.get_rank() == 0:
-            files = {name: part[name] for part in everyone for name in part}
-            text = json.dumps({"files": files, "sha256": _hash_of(files)}, indent=1)
-            (folder / MANIFEST).write_text(text, encoding="utf-8")
-            _sync(folder / MANIFEST)
-            for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-                _sync(path)
-
-    _together(manifest)
+def _seal(folder: Path, ranks: int) -> None:
+    """Join the hashes of all ranks' files, and add those of files that DeepSpeed copied there."""
+    parts = [_part(folder, rank) for rank in range(ranks)]
+    hashes = {name: found for part in parts for name, found in _read_json(part).items()}
+    for part in parts:
+        part.unlink()
+    for name in _files(folder):
+        if name not in hashes:
+            sync(folder / name)
+            hashes[name] = hash_file(folder / name)
+    files = dict(sorted(hashes.items()))
+    text = json.dumps({"files": files, "sha256": _hash_of(files)}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sync(folder / MANIFEST)
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        sync(path)
 
 
 def _files(folder: Path) -> list[str]:
@@ -237,34 +281,29 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _hash_of(files: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(aside: Path, final: Path) -> None:
-    """Give a whole folder its name, in place of another that may have it."""
+def _publish(aside: Path, final: Path, ranks: int | None = None) -> None:
+    """Give a whole folder its name, in place of another that may have it; with a manifest, where
+    so many ranks have left their hashes."""
     if dist.get_rank() != 0:
         return
+    if ranks is not None:
+        _seal(aside, ranks)
     old = final.with_name(f".{final.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _named(aside: Path) -> Path:
+    """The name for which a folder was written or put aside."""
+    return aside.with_name(aside.stem.removeprefix("."))
 
 
 def save_best(model: TrainedModel, tokenizer: Any, output_dir: str) -> None:
@@ -291,7 +330,11 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     wanted = config.resume_from_checkpoint
     output_dir = Path(config.output_dir)
     if wanted is False:
-        found = [*output_dir.glob(f".{PREFIX}*{OLD}"), *checkpoints(output_dir)]
+        found = [
+            *output_dir.glob(f".{PREFIX}*{OLD}"),
+            *(p for p in output_dir.glob(f".{PREFIX}*{PARTIAL}") if _ranks_of(p)),
+            *checkpoints(output_dir),
+        ]
         if found:
             raise ConfigError(
                 f"output_dir = {config.output_dir!r} holds {found[-1].name} of an earlier run: "
@@ -333,7 +376,7 @@ def damage(path: Path) -> str:
     broken = [f"{name} was not written with it" for name in foreign if dist.get_rank() == 0]
     for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
         try:
-            if _hash(path / name) != files[name]:
+            if hash_file(path / name) != files[name]:
                 broken.append(f"{name} is not as it was written")
         except FileNotFoundError:
             broken.append(f"{name} is missing")
@@ -343,15 +386,28 @@ def damage(path: Path) -> str:
 
 
 def _tidy(output_dir: Path) -> None:
-    """Put back a checkpoint that a killed run was about to replace, and remove what is none."""
+    """Put back a checkpoint that a killed run was about to replace, give one its name that all
+    ranks had written, and remove what is none."""
     for old in output_dir.glob(f".{PREFIX}*{OLD}"):
-        final = old.with_name(old.name.removeprefix(".").removesuffix(OLD))
-        if final.exists():
+        if _named(old).exists():
             shutil.rmtree(old)
         else:
-            old.rename(final)
-    for partial in output_dir.glob(f".*{PARTIAL}"):
-        shutil.rmtree(partial)
+            old.rename(_named(old))
+    for aside in output_dir.glob(f".*{PARTIAL}"):
+        ranks = _ranks_of(aside)
+        if ranks:
+            _publish(aside, _named(aside), ranks)
+        else:
+            shutil.rmtree(aside)
+
+
+def _ranks_of(aside: Path) -> int:
+    """How many ranks have written a checkpoint that has no name yet; 0: not all of them."""
+    try:
+        ranks = int(_read_json(aside / "layout.json")["processes"])
+    except (OSError, ValueError):
+        return 0
+    return ranks if all(_part(aside, rank).is_file() for rank in range(ranks)) else 0
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -479,9 +535,11 @@ def save_start(model: TrainedModel, output_dir: str) -> None:
     dist.barrier()
     try:
         _together(lambda: aside.mkdir(parents=True, exist_ok=True))
-        _save_state(model, aside)
-        _save_manifest(aside)
-        _together(lambda: _publish(aside, final))
+        writer = Writer(aside)
+        _save_state(model, writer)
+        writer.end(_part(aside, dist.get_rank()))
+        _agree(writer.problem)
+        _together(lambda: _publish(aside, final, dist.get_world_size()))
     except _WriteError as error:
         raise CheckpointError(f"{final} could not be written: {error}") from None
 
@@ -502,22 +560,16 @@ def load_start(model: TrainedModel, output_dir: str) -> None:
 
 
 class _Files(TorchCheckpointEngine):
-    """How DeepSpeed reads and writes a file.  What the disk refuses is kept until all ranks can be
-    told, for they wait for each other; of what is read nothing is executed."""
+    """How DeepSpeed reads and writes a file: by a writer, for what the disk refuses is kept until
+    all ranks can be told, who wait for each other; of what is read nothing is executed."""
 
-    def __init__(self) -> None:
+    def __init__(self, writer: Writer | None = None) -> None:
         super().__init__()
-        self.problem: str | None = None
+        self._writer = writer
 
     def save(self, state_dict: Any, path: str) -> None:
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as error:
-            # Behind an error of the disk torch raises one of its own.
-            if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
-                raise
-            self.problem = _reason(error)
+        assert self._writer is not None
+        self._writer.write_state(Path(path), state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
@@ -525,29 +577,28 @@ class _Files(TorchCheckpointEngine):
 
 
 @contextlib.contextmanager
-def _our_files(model: TrainedModel) -> Iterator[_Files]:
-    files, theirs = _Files(), model.engine.checkpoint_engine
-    model.engine.checkpoint_engine = files
+def _our_files(model: TrainedModel, writer: Writer | None = None) -> Iterator[None]:
+    theirs = model.engine.checkpoint_engine
+    model.engine.checkpoint_engine = _Files(writer)
     try:
-        yield files
+        yield
     finally:
         model.engine.checkpoint_engine = theirs
 
 
-def _save_state(model: TrainedModel, folder: Path) -> None:
-    with _our_files(model) as files:
+def _save_state(model: TrainedModel, writer: Writer) -> None:
+    with _our_files(model, writer):
         try:
             model.engine.save_checkpoint(
-                str(folder),
+                str(writer.folder),
                 tag="state",
                 save_latest=False,
                 exclude_frozen_parameters=model.uses_adapter,
             )
         except OSError as error:
             # Rank 0, about a script that DeepSpeed puts beside its files while others wait.
-            files.problem = _reason(error)
+            writer.problem = reason(error)
             dist.barrier()
-    _agree(files.problem)
 
 
 def _reference_tensors(model: TrainedModel) -> dict[str, torch.Tensor]:
@@ -625,7 +676,7 @@ _FREE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit",
     "eval_steps", "report_to", "early_stopping_patience", "eval_judge", "declared_licenses",
     "max_skipped_steps",
-    "nproc_per_node", "judge_datasets", "profile",
+    "async_save", "nproc_per_node", "judge_datasets", "profile",
 }  # fmt: skip
 # Of a judge's endpoint: how it is asked and paid, not what it says.
 _FREE_ENDPOINT = {
@@ -692,7 +743,8 @@ def _position(path: Path) -> Position:
     return position
 
 
-def _save_random_state(path: Path) -> None:
+def _random_state() -> tuple[dict[str, torch.Tensor], str]:
+    """Of the generators, and what of one is no tensor."""
     version, internal, gauss = random.getstate()
     tensors = {
         "torch": torch.get_rng_state(),
@@ -700,7 +752,7 @@ def _save_random_state(path: Path) -> None:
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, path, metadata={"gauss": json.dumps(gauss)})
+    return tensors, json.dumps(gauss)
 
 
 def _restore_random_state(path: Path) -> None:

@@ -535,6 +535,11 @@ class Config(ModelConfig):
     save_steps: PositiveInt | None = Field(
         None, description="A checkpoint every so many steps; null: none but when the run is paused."
     )
+    async_save: bool = Field(
+        False,
+        description="Write these checkpoints behind the training, from a copy in the host's "
+        "memory.",
+    )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints that are kept.")
     eval_steps: PositiveInt | Literal["round"] | None = Field(
         None,
@@ -609,6 +614,8 @@ class Config(ModelConfig):
             )
         if self.metric_for_best_model is None and self.early_stopping_patience is not None:
             raise ValueError("early_stopping_patience needs metric_for_best_model")
+        if self.async_save and self.save_steps is None:
+            raise ValueError("async_save needs save_steps: a run that pauses waits for its own")
         if self.metric_for_best_model is not None and self.eval_steps is None:
             raise ValueError(
                 f"metric_for_best_model is {self.metric_for_best_model!r}: it needs eval_steps"

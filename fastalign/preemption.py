@@ -68,16 +68,6 @@ class Stop:
         finally:
             self._at_once = False
 
-    def asked(self) -> bool:
-        """Whether any rank was asked to end; collective."""
-        import torch
-        import torch.distributed as dist
-
-        flag = torch.tensor([self.heard is not None], dtype=torch.int32)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.heard is not None:

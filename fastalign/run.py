@@ -25,6 +25,7 @@ from fastalign.rollout.engine import SyncReport
 from fastalign.templates import Renderer
 from fastalign.timeline import Operations
 from fastalign.tracking import Tracker
+from fastalign.writer import HostMemory, Writer
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Run:
     ``synced``: of the policy's weights, or of its adapter, that it was given last, None where it
     holds others by now;
     ``ahead``: the round that was sampled last before its turn;
+    ``writer``: of the checkpoint that is being written, and ``host_memory`` what it is copied to;
     ``chosen``: by name, what the recipe left open or only the start-up could tell.
     """
 
@@ -94,6 +96,8 @@ class Run:
     reference_pushed: int | None = None
     judge_measured: int | None = None
     ahead: Ahead | None = None
+    writer: Writer | None = None
+    host_memory: HostMemory = field(default_factory=HostMemory)
     chosen: dict[str, Choice] = field(default_factory=dict)
 
     def choose(self, name: str, choice: Choice) -> None:
@@ -104,6 +108,14 @@ class Run:
     @cached_property
     def operations(self) -> Operations:
         return Operations(self.model.policy)
+
+
+def on_any_rank(*flags: bool) -> list[bool]:
+    """Which of the flags are up on some rank; collective."""
+    table = torch.tensor(flags, dtype=torch.int32)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(table, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in table]
 
 
 def reduce_metrics(sums: Metrics) -> dict[str, float]:

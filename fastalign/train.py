@@ -91,7 +91,7 @@ from fastalign.rollout import (
     make_engine,
 )
 from fastalign.rollout.sync import LEAST_CHANGE, canary
-from fastalign.run import Choice, Run, reduce_metrics
+from fastalign.run import Choice, Run, on_any_rank, reduce_metrics
 from fastalign.templates import NO_ROOM, Renderer
 from fastalign.timeline import Timeline, peak_memory, peak_operations
 from fastalign.tracking import Tracker
@@ -217,7 +217,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
             facts = model_card.begin(config, identity, run.chosen, data_counts, rounds.total_steps)
         evaluate = Evaluator(run, evaluation, held_out, eval_renderers)
         stop.started()
-        with Profiler(config, rank, tracker.say) as profiler:
+        with Profiler(config, rank, tracker.say) as profiler, checkpoint.finishing(run):
             metrics = run_rounds(run, rounds, position, pending, evaluate, profiler)
         tracker.phase("save")
         checkpoint.save_result(model, tokenizer, Path(config.output_dir))
@@ -735,6 +735,12 @@ def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -
             else Choice("one sequence at a time", f"unpacked: {unpacked}")
         ),
     }
+    if config.async_save:
+        size = checkpoint.bytes_to_come(model) / 2**20
+        copies = f"from a copy of {size:,.0f} MiB in the host's memory"
+        if run.world_size > 1:
+            copies += ", of all processes together"
+        chosen["saving"] = Choice("behind the training", copies)
     if model.shares_prefixes:
         what = "what the streams of an example begin with is computed once"
         chosen["prefixes"] = Choice("shared", what + _same_dropout(model.policy))
@@ -852,7 +858,7 @@ def run_rounds(
             examples, collected = new_round(run, rounds, position)
             metrics |= collected
         pending = checkpoint.Pending(examples if config.online else ())
-        _stop_if_asked(run, position, pending)
+        _meet(run, position, pending)
         for batch_index, batch in batches(config, examples, position):
             if position.step >= rounds.total_steps:
                 break
@@ -874,13 +880,13 @@ def run_rounds(
                 tracker.log(position.step, done)
             evaluation_due = bool(every and position.step % every == 0)
             if position.step < rounds.total_steps:
-                _stop_if_asked(run, replace(position, evaluation_due=evaluation_due), pending)
+                _meet(run, replace(position, evaluation_due=evaluation_due), pending)
             if evaluation_due:
                 position, stop = assess(run, position, pending, evaluate, metrics)
                 if stop:
                     return metrics
             if config.save_steps and position.step % config.save_steps == 0:
-                save(run, position, pending)
+                save(run, position, pending, behind=config.async_save)
         position = replace(position, round=position.round + 1, batch=0)
         pending = checkpoint.Pending()
         # Where there was nothing to train on there is nothing new to evaluate.
@@ -893,11 +899,17 @@ def run_rounds(
     return metrics
 
 
-def save(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> Path:
-    """Leave a checkpoint.  It does not hold the weights that sample ahead, so the journal has to be
-    whole before it is."""
+def save(
+    run: Run,
+    position: checkpoint.Position,
+    pending: checkpoint.Pending,
+    behind: bool = False,
+) -> Path:
+    """Leave a checkpoint, or have it written ``behind`` the training.  It does not hold the weights
+    that sample ahead, so the journal has to be whole before it is."""
     finish_ahead(run)
-    return checkpoint.save_checkpoint(run, position, replace(pending, ahead=run.ahead))
+    pending = replace(pending, ahead=run.ahead)
+    return checkpoint.save_checkpoint(run, position, pending, behind=behind)
 
 
 def _move_reference(run: Run, position: checkpoint.Position) -> checkpoint.Position:
@@ -919,7 +931,7 @@ def new_round(
     with _pausing(run, position, checkpoint.Pending()):
         measured = measure_judge(run)
         episodes, timings = draw(run, rounds.prompts, position.round)
-        _stop_if_asked(run, position, checkpoint.Pending())
+        _meet(run, position, checkpoint.Pending())
         examples, collected = collect(run, episodes, position.round)
     if _samples_ahead(run.config, rounds, position, len(examples)):
         with _saving(run, position, checkpoint.Pending(examples)):
@@ -1012,10 +1024,15 @@ def _saving(run: Run, position: checkpoint.Position, pending: checkpoint.Pending
         raise type(error)(f"{error}; {path} is saved: continue with --resume") from error
 
 
-def _stop_if_asked(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> None:
-    """Where a signal came to any rank, leave a checkpoint of this position and stop; collective."""
-    if run.stop.asked():
+def _meet(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> None:
+    """Where a signal came to any rank, leave a checkpoint of this position and stop; where all have
+    written theirs of the one before, finish it.  Collective."""
+    writing = run.writer is not None and not run.writer.done
+    asked, busy = on_any_rank(run.stop.heard is not None, writing)
+    if asked:
         _pause(run, position, pending)
+    if not busy:
+        checkpoint.finish_checkpoint(run)
 
 
 def _pause(run: Run, position: checkpoint.Position, pending: checkpoint.Pending) -> NoReturn:

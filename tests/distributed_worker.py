@@ -8,6 +8,7 @@ specification; the tests look at those.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -33,6 +34,9 @@ from fastalign.online import ReferenceScorer, wake
 from fastalign.rollout import EngineError, adapters
 from fastalign.rollout.server import ServerEngine
 from fastalign.rollout.sync import fingerprint
+
+# Behind fastalign.model, which prepares the environment that DeepSpeed reads when imported.
+from deepspeed.runtime.zero.partition_parameters import Init  # isort: skip
 
 
 def keep(path: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -264,12 +268,15 @@ def refused(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> No
     """A run whose second checkpoint the system does not let one rank write."""
     original, steps = loop.update, 0
 
-    def update(*arguments: Any) -> dict[str, float]:
+    def update(run: Any, *arguments: Any) -> dict[str, float]:
         nonlocal steps
         steps += 1
         if steps == 2 and dist.get_rank() == 1:
+            if run.writer is not None:
+                # Of the first one, behind the training.
+                run.writer.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        return original(*arguments)
+        return original(run, *arguments)
 
     loop.update = update
     try:
@@ -279,6 +286,15 @@ def refused(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> No
     finally:
         loop.update = original
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def late(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
+    """A run whose rank 1 brings nothing to the disk before the next step."""
+    # DeepSpeed counts the parameters of a process, and keeps their numbers.
+    Init.param_id = 0
+    with support.late_writes() if dist.get_rank() == 1 else contextlib.nullcontext([]) as written:
+        loop.train(config)
+    (folder / f"{name}-{dist.get_rank()}").write_text(json.dumps(written))
 
 
 SCENARIOS = {
@@ -291,6 +307,7 @@ SCENARIOS = {
     "server_dies": server_dies,
     "skipped_step": skipped_step,
     "refused": refused,
+    "late": late,
 }
 
 

@@ -5,7 +5,8 @@
 For each combination of method, engine and ranks a run is killed in the middle of a phase (sync,
 rollout, judging, an update, a save; which one, how far into it and on which rank is drawn), is
 resumed and killed again, until a drawn moment does not come any more and the run ends; then the
-next run begins, until there were as many kills as asked for.  Every run has to end with the bits of
+next run begins, until there were as many kills as asked for.  Every other run writes its
+checkpoints behind the training.  Every run has to end with the bits of
 the undisturbed one: the trained tensors, the episode log, each step's loss and gradient norm, and
 as many lines of metrics.
 
@@ -83,8 +84,9 @@ class Combination:
     def name(self) -> str:
         return f"{NAMES[self.method]}-{self.engine}-{self.ranks}"
 
-    def config(self, model: Path, folder: Path) -> Config:
-        """Three rounds of a few updates, with a checkpoint after every other update."""
+    def config(self, model: Path, folder: Path, behind: bool) -> Config:
+        """Three rounds of a few updates, with a checkpoint after every other update, which may be
+        written ``behind`` the training."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rule.py").write_text(RULE)
         keys = dict(METHODS[self.method])
@@ -99,6 +101,7 @@ class Combination:
             global_batch_size=3,
             learning_rate=3e-3,
             save_steps=2,
+            async_save=behind,
             resume_from_checkpoint=True,
             zero_stage=3 if self.ranks > 1 and self.method == "cut" else 0,
             **keys,
@@ -157,9 +160,9 @@ class Rank:
                 self.begin(name)
             shown(tracker, name, detail)
 
-        def save_checkpoint(*arguments: Any) -> Path:
+        def save_checkpoint(*arguments: Any, **keys: Any) -> Path:
             self.begin("save")
-            return save(*arguments)
+            return save(*arguments, **keys)
 
         Tracker.phase = phase  # type: ignore[method-assign]
         checkpoint.save_checkpoint = save_checkpoint
@@ -261,8 +264,8 @@ def disturb(
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
 
-    def prepare(name: str) -> tuple[Config, Path]:
-        config = combination.config(model, folder / name)
+    def prepare(name: str, behind: bool = False) -> tuple[Config, Path]:
+        config = combination.config(model, folder / name, behind)
         path = folder / name / "recipe.yaml"
         path.write_text(dump_config(config))
         return config, path
@@ -276,7 +279,7 @@ def disturb(
     runs = 0
     while sum(done.values()) < kills and not failures:
         runs += 1
-        config, path = prepare(f"run-{runs}")
+        config, path = prepare(f"run-{runs}", behind=runs % 2 == 1)
         history: list[Kill] = []
         while True:
             kill = None

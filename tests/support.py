@@ -8,8 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastalign.online import make_episode
 from fastalign.rollout import Rollout
 from fastalign.run import Run
 from fastalign.tracking import Tracker
+from fastalign.writer import Writer
 
 TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
@@ -209,12 +211,46 @@ def saved_again(folder: Path) -> Iterator[None]:
 
     def load(run: Run, path: Path) -> Any:
         loaded = original(run, path)
-        checkpoint._save_state(run.model, folder)
+        checkpoint._save_state(run.model, Writer(folder))
         return loaded
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load_checkpoint", load)
         yield
+
+
+@contextlib.contextmanager
+def late_writes() -> Iterator[list[tuple[str, int]]]:
+    """A slow disk: what is written behind the training waits for the step behind the checkpoint's,
+    or for a trainer that waits for it.  Yields the folders that were written, and how many steps
+    there were by then."""
+    update, write, wait = loop.update, Writer._write, Writer.wait
+    steps, waited, written = 0, threading.Event(), []
+
+    def counted(*arguments: Any) -> dict[str, float]:
+        nonlocal steps
+        done = update(*arguments)
+        steps += 1
+        return done
+
+    def late(writer: Writer, path: Path, save: Callable[[Path], object]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            while steps <= int(writer.folder.stem.rpartition("-")[2]) and not waited.is_set():
+                time.sleep(0.002)
+            if path.name.startswith("manifest"):
+                written.append((writer.folder.name, steps))
+        write(writer, path, save)
+
+    def waiting(writer: Writer) -> None:
+        waited.set()
+        wait(writer)
+        waited.clear()
+
+    loop.update, Writer._write, Writer.wait = counted, late, waiting  # type: ignore[method-assign]
+    try:
+        yield written
+    finally:
+        loop.update, Writer._write, Writer.wait = update, write, wait  # type: ignore[method-assign]
 
 
 def outside_environment(**extra: str) -> dict[str, str]:

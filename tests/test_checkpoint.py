@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,24 +259,24 @@ def remount(disk: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
-def on(disk: Path, model: Path, folder: Path) -> tuple[Config, Path]:
+def on(disk: Path, model: Path, folder: Path, **keys: Any) -> tuple[Config, Path]:
     """A run on that disk, with its recipe elsewhere."""
-    config = recipe("sft", model, folder, save_steps=1, output_dir=str(disk / "out"))
+    config = recipe("sft", model, folder, save_steps=1, output_dir=str(disk / "out"), **keys)
     path = folder / "recipe.yaml"
     path.write_text(dump_config(config))
     return config, path
 
 
-@pytest.mark.parametrize("when", ["before", "while"])
+@pytest.mark.parametrize("when", ["before", "while", "behind"])
 def test_a_full_disk_ends_in_one_line_with_a_whole_checkpoint(
     finished, tiny_llama, tmp_path, disk, monkeypatch, capfd, when
 ):
     size = checkpoint._bytes_of(Path(finished.output_dir, "checkpoint-1"))
-    config, path = on(disk, tiny_llama, tmp_path)
+    config, path = on(disk, tiny_llama, tmp_path, async_save=when == "behind")
     # Room for one and a half.
     remount(disk, f"size={size * 3 // 2 // 1024}k")
     with monkeypatch.context() as patch:
-        if when == "while":
+        if when != "before":
             # Somebody else takes what was free a moment ago.
             patch.setattr(checkpoint, "_bytes_of", lambda path: 0)
         assert main(["train", str(path)]) == 1
@@ -284,6 +285,7 @@ def test_a_full_disk_ends_in_one_line_with_a_whole_checkpoint(
     reasons = {
         "before": r"it takes \d+ MiB and \d+ MiB are free",
         "while": "No space left on device",
+        "behind": "No space left on device",
     }
     assert re.fullmatch(
         rf"fastalign: {out}/checkpoint-2 could not be written: {reasons[when]}; "
@@ -300,19 +302,24 @@ def test_a_full_disk_ends_in_one_line_with_a_whole_checkpoint(
 
 def test_a_disk_that_refuses_one_rank_stops_both(tiny_llama, tmp_path):
     """Rank 1 may write no long files any more, while rank 0 waits for it."""
-    config = recipe("sft", tiny_llama, tmp_path, zero_stage=2, save_steps=1)
+    specs = {}
+    for name, behind in (("at-once", False), ("behind", True)):
+        keys = {"zero_stage": 2, "save_steps": 1, "async_save": behind}
+        config = recipe("sft", tiny_llama, tmp_path / name, **keys)
+        tree = config.model_dump(mode="json", by_alias=True)
+        specs[name] = {"do": "refused", "recipe": tree}
     path = tmp_path / "spec.json"
-    tree = config.model_dump(mode="json", by_alias=True)
-    path.write_text(json.dumps({"refused": {"do": "refused", "recipe": tree}}))
+    path.write_text(json.dumps(specs))
     log = tmp_path / "log"
     assert run_ranks(TESTS / "distributed_worker.py", path, log=log) == [0, 0], log.read_text()
-    out = Path(config.output_dir)
-    for rank in range(2):
-        said = (tmp_path / f"refused-{rank}").read_text()
-        assert said == (
-            f"{out}/checkpoint-2 could not be written: File too large; {out}/checkpoint-1 is whole"
-        )
-    assert not list(out.glob(".checkpoint-*"))
+    for name in specs:
+        out = tmp_path / name / "out"
+        for rank in range(2):
+            assert (tmp_path / f"{name}-{rank}").read_text() == (
+                f"{out}/checkpoint-2 could not be written: File too large; "
+                f"{out}/checkpoint-1 is whole"
+            )
+        assert not list(out.glob(".checkpoint-*"))
 
 
 def test_a_read_only_folder_is_one_line(finished, tiny_llama, tmp_path, disk, capfd):

@@ -415,7 +415,7 @@ def make_it_older(config: Config) -> None:
     path = checkpoint_of(config) / "ahead.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"weights_round": record["weights_round"] - 1}))
-    checkpoint._save_manifest(path.parent)
+    checkpoint._seal(path.parent, 0)
 
 
 @pytest.mark.parametrize(

@@ -1319,14 +1319,14 @@ def test_another_layout_of_processes_is_refused(stopped):
     layout = folder / "layout.json"
     before = layout.read_text()
     layout.write_text(json.dumps({"processes": 2, "zero_stage": 3}))
-    checkpoint._save_manifest(folder)
+    checkpoint._seal(folder, 0)
     message = r"2 process\(es\) at ZeRO stage 3, these are 1 at stage 0: set zero_stage = 3"
     try:
         with pytest.raises(ConfigError, match=message):
             train(stopped.model_copy(update={"resume_from_checkpoint": True}))
     finally:
         layout.write_text(before)
-        checkpoint._save_manifest(folder)
+        checkpoint._seal(folder, 0)
 
 
 def test_an_adapter_says_what_lora_keys_are(sharp_llama, tmp_path, adapter):
