@@ -419,6 +419,10 @@ class Planner:
         activations = self._activations(model, config.micro_batch_tokens)
         parts = [*_training(activations, held, zero)]
         host = held.offloaded
+        if config.async_save:
+            # The copy that is written behind the training; ZeRO-3 makes weights of masters.
+            weights = sum(p.numel * p.bytes for p in model.parameters if p.trained)
+            host += weights * (stage < 3) + held.masters + held.moments
         notes: list[str] = []
         engine_fits = True
         if wants_reference(config, self.method) and not config.use_peft:

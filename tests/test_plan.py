@@ -124,6 +124,18 @@ def test_offloading_leaves_the_optimizer_to_the_host(shape):
     assert there.needed < here.needed
 
 
+def test_a_copy_that_is_written_behind_the_training_is_the_hosts(shape):
+    """Per weight in bfloat16: itself, its master and two moments, or under ZeRO-3 its part of
+    these without itself."""
+    weights = 1_279_262_720
+    for stage, gpus, bytes_of_each in ((0, 1, 14.0), (2, 8, 2 + 12 / 8), (3, 8, 12 / 8)):
+        planner = Planner(
+            make(shape, zero_stage=stage, async_save=True, save_steps=100), ("h100", 80 * GIB)
+        )
+        plan = planner.plan(planner.config, gpus)
+        assert plan.host == pytest.approx(bytes_of_each * weights, rel=0.001)
+
+
 def names(plan: Any) -> set[str]:
     return {part.name for part in plan.parts}
 
