@@ -35,7 +35,7 @@ from fastalign.rollout import (
     make_engine,
 )
 from fastalign.rollout.hf import HfEngine
-from fastalign.rollout.vllm import VllmEngine, _rollout, sampling_arguments
+from fastalign.rollout.vllm import VllmEngine, _rollout, plain_answer, sampling_arguments
 from fastalign.rollout.watchdog import Watchdog
 
 # fp32 on both sides, other kernels: 2-layer logits of size 1.
@@ -348,7 +348,7 @@ def test_adapters_do_not_mix_within_a_batch(engine, model, tiny_llama):
         use_tqdm=False,
     )
     for name, prompt, output in zip(asked, prompts, outputs, strict=True):
-        rollout = _rollout(output.outputs[0], 0)
+        rollout = _rollout(plain_answer(output), 0)
         assert _gaps(models[name], [prompt], [rollout]).max() < TOLERANCE
 
 
