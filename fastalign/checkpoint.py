@@ -38,6 +38,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum  # isort: skip
 from deepspeed.utils.tensor_fragment import fragment_address  # isort: skip
 
 PREFIX, PARTIAL, OLD = "checkpoint-", ".partial", ".old"
+RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
 START = "start"
 REFERENCE_FILE = "reference.safetensors"
@@ -238,7 +239,7 @@ def _save_rest(
         if pending.examples:
             writer.write(folder / "pending.npz", lambda path: save_examples(path, pending.examples))
         texts = {
-            "recipe.yaml": dump_config(run.config),
+            RECIPE: dump_config(run.config),
             "layout.json": json.dumps(
                 {"processes": run.world_size, "zero_stage": run.model.zero_stage}
             ),
@@ -428,15 +429,26 @@ class Saved:
     pending: Pending
 
 
+def read_recipe(path: Path) -> Config:
+    """The recipe of a whole checkpoint.
+
+    Raises:
+        ConfigError: it is not as this version writes it.
+    """
+    try:
+        return parse_config(read_yaml(path / RECIPE, "recipe"), str(path / RECIPE))
+    except ConfigError as error:
+        raise ConfigError(f"resume_from_checkpoint: {error}") from None
+
+
 def read_saved(path: Path) -> Saved:
     """What a whole checkpoint holds beside tensors.
 
     Raises:
         ConfigError: a file is not as this version writes it.
     """
+    recipe = read_recipe(path)
     try:
-        name = "recipe.yaml"
-        recipe = parse_config(read_yaml(path / name, "recipe"), str(path / name))
         name = "layout.json"
         layout = {key: int(_read_json(path / name)[key]) for key in ("processes", "zero_stage")}
         name = "identity.json"

@@ -24,7 +24,7 @@ from fastalign.doctor import GIB, memory
 from fastalign.footprint import load_model_config, weight_bytes
 from fastalign.methods import make_method
 from fastalign.methods.base import Dropped
-from fastalign.model import context_length, load_tokenizer, resolve_dtype
+from fastalign.model import choose_dtype, context_length, load_tokenizer
 from fastalign.plan import Planner, advise
 
 FORMS: dict[str, tuple[str | None, str | None]] = {
@@ -332,12 +332,11 @@ def _fit_memory(text: _Text) -> Iterator[str]:
     """Set what makes the recipe fit: first by itself, then with LoRA, then on a base in 4 bits."""
     here = machine()
     config = text.config
-    dtype = resolve_dtype(config, here.device)
+    dtype, why = choose_dtype(config, here.device)
     load_model_config(config)
     size = weight_bytes(config, dtype)
     said = str(dtype).removeprefix("torch.")
-    why = "is fast" if dtype == torch.bfloat16 else "is not slower than bfloat16"
-    text.set("dtype", "auto", f"On this machine {said}, which {why} there.")
+    text.set("dtype", "auto", f"On this machine {said}: {why}.")
     yield (
         f"model: {size / dtype.itemsize / 1e6:,.1f} million parameters, {size / GIB:.2f} GiB in "
         f"{said}"

@@ -58,6 +58,7 @@ from fastalign.methods.base import (
     rejected_as_sampled,
 )
 from fastalign.model import (
+    AS_SAID,
     POLICY,
     TrainedModel,
     build_model,
@@ -133,6 +134,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
 
     config = complete(resolve_adapter(config))
     found, skipped = checkpoint.find_checkpoint(config)
+    config, dtype_why = _settle_dtype(config, device, found)
     transformers.utils.logging.disable_progress_bar()
 
     method = make_method(config)
@@ -196,7 +198,7 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
             identity,
         )
         tracker.phase("check")
-        check_start(run)
+        check_start(run, dtype_why)
         if config.online is None and method.needs_reference:
             rounds = _score_reference(run, rounds)
             evaluation = score_reference(run, evaluation)
@@ -234,6 +236,21 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
                 other.close()
             else:
                 other.engine.close()
+
+
+def _settle_dtype(config: Config, device: torch.device, found: Path | None) -> tuple[Config, str]:
+    """The recipe with one dtype for all ranks, and why it is that one; collective.
+
+    What is fast is measured, and the machine that a run goes on with may be another: a run keeps
+    the dtype of its checkpoint ``found``.
+    """
+    if config.dtype == "auto" and found is not None:
+        dtype, why = checkpoint.read_recipe(found).dtype, "that of the checkpoint"
+        return config.model_copy(update={"dtype": dtype}), why
+    chosen, why = choose_dtype(config, device)
+    box = [str(chosen).removeprefix("torch."), why]
+    dist.broadcast_object_list(box, src=0)
+    return config.model_copy(update={"dtype": box[0]}), box[1]
 
 
 def check_judges(config: Config, method: Method) -> None:
@@ -686,7 +703,7 @@ def probe_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.array(tokenizer(text).input_ids, dtype=np.int32)
 
 
-def check_start(run: Run) -> None:
+def check_start(run: Run, dtype_why: str = AS_SAID) -> None:
     """Prove what the run relies on, and say what was chosen."""
     model, say = run.model, run.tracker.say
     words = probe_words(run.tokenizer)
@@ -700,6 +717,7 @@ def check_start(run: Run) -> None:
         if unshared is None and model.reference_engine is not None:
             unshared = share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
+    run.choose("dtype", Choice(_dtype_name(run), dtype_why))
     for name, choice in _choices(run, unpacked, unshared, gap).items():
         run.choose(name, choice)
     cut = run.config.cut
@@ -716,16 +734,12 @@ def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -
     trainable = sum(
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
     )
-    dtype = str(model.dtype).removeprefix("torch.")
-    if config.load_in_4bit:
-        dtype += " on a base in NF4"
     threads = "torch's default"
     if "OMP_NUM_THREADS" in os.environ:
         threads = f"OMP_NUM_THREADS = {os.environ['OMP_NUM_THREADS']}"
     kernel, why = choose_kernel(model.device, model.dtype)
     chosen = {
         "model": Choice(f"{config.model_name_or_path}, {trainable:,} trainable parameters"),
-        "dtype": Choice(dtype, choose_dtype(config, model.device)[1]),
         "processes": Choice(f"{run.world_size} on {model.device.type}"),
         "ZeRO stage": Choice(str(model.zero_stage), choose_zero_stage(config, run.world_size)[1]),
         "threads": Choice(f"{torch.get_num_threads()} a process", threads),
@@ -752,6 +766,11 @@ def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -
     agree = f"they agree with the model's own logits, mean difference {gap:.1e}"
     chosen["kernels"] = Choice(f"log-probs and losses in {name}", f"{why}; {agree}")
     return chosen
+
+
+def _dtype_name(run: Run) -> str:
+    name = str(run.model.dtype).removeprefix("torch.")
+    return f"{name} on a base in NF4" if run.config.load_in_4bit else name
 
 
 def _same_dropout(policy: torch.nn.Module) -> str:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+import fastalign.model
 import fastalign.train as loop
 from fastalign.checkpoint import CheckpointError
 from fastalign.config import Config, parse_config
@@ -314,6 +315,9 @@ SCENARIOS = {
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(timeout_s=300.0)
+    # Ranks that find otherwise what is fast: the first one decides for all.
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+    fastalign.model._bfloat16_speed = lambda: 2.0 if dist.get_rank() else 0.5
     for name, spec in json.loads(path.read_text()).items():
         started = time.monotonic()
         try:

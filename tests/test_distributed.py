@@ -91,7 +91,7 @@ class Suite:
         self.gradients("unpacked-3", cases, reference=str(models["other-qwen"]))
 
         self.run("self-judge", "training", **ONLINE)
-        self.run("one-prompt", "training", **ONE)
+        self.run("one-prompt", "training", dtype="auto", **ONE)
         self.run("undisturbed", "training", **RESUMABLE)
         self.run("interrupted", "interruption", before=4, **RESUMABLE)
 

@@ -116,6 +116,7 @@ def test_without_model_and_data_it_is_the_published_recipe(desk, capsys):
 
 def test_what_does_not_fit_as_it_is_gets_what_does(desk, tiny_llama, monkeypatch, capsys):
     """Less and less memory: the recipe, its optimizer's buckets, adapters, and at last a word."""
+    monkeypatch.setattr("fastalign.model._bfloat16_speed", lambda: 2.0)
     command = ("sft", "--model", tiny_llama, "--data", "completion.jsonl")
     has(monkeypatch, 64 << 30)
     assert not init(*command).use_peft

@@ -22,14 +22,22 @@ from support import as_method, distance, recipe, rows, start, step_with_gradient
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+import fastalign.model
 import fastalign.train as loop
 from fastalign import checkpoint, offloading
 from fastalign.batch import make_batch
-from fastalign.config import Config, ConfigError, JudgeConfig, parse_config
+from fastalign.config import (
+    Config,
+    ConfigError,
+    JudgeConfig,
+    ModelConfig,
+    load_config,
+    parse_config,
+)
 from fastalign.data import Example, Stream
 from fastalign.logprobs import probe_batch
 from fastalign.methods import make_method
-from fastalign.model import POLICY, REFERENCE
+from fastalign.model import POLICY, REFERENCE, choose_dtype
 from fastalign.online import ReferenceScorer, push_weights
 from fastalign.rollout import EngineError
 from fastalign.rollout.hf import HfEngine
@@ -1362,6 +1370,44 @@ def test_the_attention_that_is_asked_for_is_used(tiny_llama, tmp_path, monkeypat
     train_and(config, monkeypatch, look)
     assert seen == {"attention": "eager", "packed": False}
     assert "unpacked: attn_implementation = 'eager' is set" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("speed", "dtype", "said"),
+    [
+        (2.5, torch.bfloat16, "a product takes 0.4 times as long in bfloat16"),
+        (0.9, torch.bfloat16, "a product takes 1.1 times as long in bfloat16"),
+        (0.5, torch.float32, "a product takes 2.0 times as long in bfloat16"),
+        (None, torch.float32, "the CPU has no instructions for bfloat16"),
+    ],
+)
+def test_dtype_auto_is_what_this_cpu_multiplies_fast(monkeypatch, speed, dtype, said):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: speed is not None)
+    monkeypatch.setattr(fastalign.model, "_bfloat16_speed", lambda: speed)
+    config = ModelConfig(model_name_or_path="any")
+    assert choose_dtype(config, torch.device("cpu")) == (dtype, said)
+    config = ModelConfig(model_name_or_path="any", dtype="bfloat16")
+    chosen = choose_dtype(config, torch.device("cpu"))
+    assert chosen == (torch.bfloat16, "as the recipe says")
+
+
+def test_a_run_keeps_its_dtype_where_another_is_fast(tiny_llama, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(fastalign.model, "_bfloat16_speed", lambda: 2.0)
+    config = recipe("sft", tiny_llama, tmp_path, dtype="auto", save_steps=2)
+    interrupt(config, monkeypatch, before=3)
+    assert "dtype       bfloat16 (a product takes 0.5 times" in capfd.readouterr().err
+
+    monkeypatch.setattr(fastalign.model, "_bfloat16_speed", lambda: 0.5)
+    again = config.model_copy(update={"resume_from_checkpoint": True})
+    other = again.model_copy(update={"dtype": "float32"})
+    with pytest.raises(ConfigError, match="was made with dtype = 'bfloat16', the recipe says 'flo"):
+        train(other)
+    capfd.readouterr()
+    train(again)
+    assert "dtype       bfloat16 (that of the checkpoint)" in capfd.readouterr().err
+    assert all(tensor.dtype == torch.bfloat16 for tensor in result(config).values())
+    assert load_config(Path(config.output_dir, "recipe.yaml")).dtype == "bfloat16"
 
 
 def test_resume_says_when_there_is_nothing_to_resume(tiny_llama, tmp_path, capfd):
