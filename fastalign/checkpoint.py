@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from fastalign import ranks
 from fastalign.config import Config, ConfigError, dump_config, parse_config, read_yaml
 from fastalign.data import Example, Stream
 from fastalign.episodes import forget_journals
@@ -173,15 +174,9 @@ def _together(work: Callable[[], None]) -> None:
 
 
 def _agree(problem: str | None) -> None:
-    found = next((x for x in _gather(problem) if x is not None), None)
+    found = next((x for x in ranks.gather(problem) if x is not None), None)
     if found is not None:
         raise _WriteError(found)
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _make_room(run: Run, aside: Path) -> None:
@@ -383,7 +378,7 @@ def damage(path: Path) -> str:
             broken.append(f"{name} is missing")
         except (OSError, ValueError) as error:
             broken.append(f"{name}: {getattr(error, 'strerror', None) or error}")
-    return ", ".join(sorted(line for part in _gather(broken) for line in part))
+    return ", ".join(sorted(line for part in ranks.gather(broken) for line in part))
 
 
 def _tidy(output_dir: Path) -> None:
@@ -504,7 +499,7 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
             f"nproc_per_node = {layout['processes']}"
         )
     # Rank 0 hashed them.
-    _check_same_content(saved.identity, _gather(run.identity)[0], path)
+    _check_same_content(saved.identity, ranks.gather(run.identity)[0], path)
     if layout == here or model.zero_stage == 0:
         _load_state(model, path)
     else:
@@ -522,7 +517,7 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
     return saved.position, saved.pending
 
 
-def _check_same_content(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def _check_same_content(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse other contents under the names that the recipe has."""
     for key in ("model_hash", "adapter_hash", "data", "method_hash", "judge_hash"):
         name, old, new = _difference(key.removesuffix("_hash"), saved.get(key), now.get(key))

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
-
+from fastalign import ranks
 from fastalign.config import ConfigError, EndpointConfig
 
 Question = Sequence[Mapping[str, Any]]
@@ -98,7 +97,7 @@ class Endpoint:
         self._path = replies
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
-        if _rank() == 0 and replies.is_file():
+        if ranks.rank() == 0 and replies.is_file():
             self._read()
 
     def ask(self, questions: Sequence[Question], max_tokens: int) -> list[Reply]:
@@ -111,17 +110,17 @@ class Endpoint:
             JudgeError: not one question was answered, after all retries, or the server is down.
             BudgetSpent: a limit of the recipe is reached; what was answered until then is kept.
         """
-        parts = _gather(list(questions))
+        parts = ranks.gather(list(questions))
         outcome: Any = None
-        if _rank() == 0:
+        if ranks.rank() == 0:
             try:
                 outcome = self._ask([q for part in parts for q in part], max_tokens)
             except (ConfigError, JudgeError, BudgetSpent) as error:
                 outcome = error
-        outcome = _from_first(outcome)
+        outcome = ranks.from_first(outcome)
         if isinstance(outcome, Exception):
             raise outcome
-        before = sum(len(part) for part in parts[: _rank()])
+        before = sum(len(part) for part in parts[: ranks.rank()])
         return outcome[before : before + len(questions)]
 
     def figures(self) -> dict[str, float]:
@@ -329,23 +328,3 @@ class Endpoint:
                     f"{self._path}:{number}: not a reply as FastAlign keeps them: remove the line"
                 ) from None
             self.spent.requests += 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(mine: list[Question]) -> list[list[Question]]:
-    if not dist.is_initialized():
-        return [mine]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
-def _from_first(value: Any) -> Any:
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

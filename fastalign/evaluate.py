@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from fastalign import judge
+from fastalign import judge, ranks
 from fastalign.batch import plan_batches
 from fastalign.config import ConfigError
 from fastalign.data import Example, Record, Stream
@@ -124,9 +123,7 @@ class Evaluator:
             for e in episodes
             if len(e.rollouts[0].token_ids)
         ]
-        everyone: list[list[Example]] = [[] for _ in range(run.world_size)]
-        dist.all_gather_object(everyone, examples)
-        merged = [x for part in everyone for x in part]
+        merged = [x for part in ranks.gather(examples) for x in part]
         result = torch.zeros(2, dtype=torch.float64, device=run.model.device)
         if not merged:
             return result
@@ -188,8 +185,7 @@ class Evaluator:
 
     def _keep(self, step: int, episodes: Sequence[Episode]) -> None:
         # Every rank may hold a few: enough for the first ones over all.
-        kept: list[list[Episode]] = [[] for _ in range(self.run.world_size)]
-        dist.all_gather_object(kept, list(episodes[:KEPT_SAMPLES]))
+        kept = ranks.gather(list(episodes[:KEPT_SAMPLES]))
         first = sorted((e for part in kept for e in part), key=lambda e: e.index)[:KEPT_SAMPLES]
         if self.run.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

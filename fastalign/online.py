@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from fastalign import judge, tournament
+from fastalign import judge, ranks, tournament
 from fastalign.batch import make_batch
 from fastalign.config import ConfigError, JudgeConfig
 from fastalign.data import Example, Record, Stream
@@ -95,7 +94,7 @@ def _together(work: Callable[[], T]) -> T:
         result = work()
     except EngineFault as error:
         fault = error
-    found = next((f for part in _gather_objects([fault]) for f in part if f is not None), None)
+    found = next((f for part in ranks.gather([fault]) for f in part if f is not None), None)
     if found is not None:
         raise found from fault
     return result
@@ -207,7 +206,7 @@ def draw(
     if run.config.online.max_staleness:
         timings |= waiting
         # Shares of ranks.
-        timings["rollout/resampled"] = float(sum(sum(part) for part in _gather_objects([again])))
+        timings["rollout/resampled"] = float(sum(sum(part) for part in ranks.gather([again])))
         timings["time/rollout_ahead"] = 0.0 if ahead is None else ahead.seconds
     staleness = 0 if ahead is None else ahead.staleness
     episodes = _episodes(run, order, rollouts)
@@ -335,9 +334,7 @@ def collect(
                 episodes = [run.method.choose(e) for e in judged]
     ask(run, engine.sleep)
     gap_mean, gap_p99 = sampler_gap(run, episodes)
-    episodes = sorted(
-        (e for part in _gather_objects(episodes) for e in part), key=lambda e: e.index
-    )
+    episodes = sorted((e for part in ranks.gather(episodes) for e in part), key=lambda e: e.index)
     if run.rank == 0:
         folder = Path(config.output_dir, LOG)
         folder.mkdir(parents=True, exist_ok=True)
@@ -491,12 +488,12 @@ def judge_once(run: Run, episodes: list[Episode], round_index: int) -> list[Epis
     key = verdicts_key(judge_of_run, episodes)
     found = recall_verdicts(path, key, episodes)
     # Ranks judge together or not at all: their passes through a sharded reference are collective.
-    if all(part == [True] for part in _gather_objects([found is not None])):
+    if all(part == [True] for part in ranks.gather([found is not None])):
         assert found is not None
         run.tracker.say(f"{path}: {len(found)} prompts were judged before, and are not asked again")
         return found
     judged = ask(run, partial(judge_episodes, run, episodes))
-    everyone = [e for part in _gather_objects(judged) for e in part]
+    everyone = [e for part in ranks.gather(judged) for e in part]
     failed, asked = judge.judge_metrics(everyone).get("judge/failed", (0.0, 0.0))
     if asked and failed == asked:
         # Which is not kept: a run that goes on asks again.
@@ -543,7 +540,7 @@ def measure_judge(run: Run) -> dict[str, float]:
         ask(run, partial(wake, run))
     run.judge_measured = version
     seen = ask(run, partial(_compare_known, run, who))
-    everything = [x for part in _gather_objects(seen) for x in part]
+    everything = [x for part in ranks.gather(seen) for x in part]
     found = quality(
         [verdict for verdict, _ in everything],
         [lengths for _, lengths in everything],
@@ -684,12 +681,6 @@ def sampler_gap(run: Run, episodes: Sequence[Episode]) -> tuple[float, float]:
     return drift([r.logprobs for _, r in rollouts], logprob.float().cpu().numpy())
 
 
-def _gather_objects(mine: list[Any]) -> list[list[Any]]:
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
-
-
 @contextlib.contextmanager
 def _prefix_cached(figures: dict[str, float], name: str, engine: RolloutEngine) -> Iterator[None]:
     """The share of the prompt tokens of all ranks that engines did not compute anew; collective."""
@@ -697,7 +688,7 @@ def _prefix_cached(figures: dict[str, float], name: str, engine: RolloutEngine) 
     yield
     now = engine.prompt_tokens
     mine = (now.total - before.total, now.cached - before.cached)
-    total, cached = np.sum(_gather_objects([mine]), axis=(0, 1))
+    total, cached = np.sum(ranks.gather([mine]), axis=(0, 1))
     if total:
         figures[name] = cached / total
 
@@ -723,8 +714,7 @@ class ReferenceScorer:
         self.model = model
 
     def __call__(self, prompts: Sequence[np.ndarray], token_ids: Sequence[int]) -> np.ndarray:
-        counts: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(counts, len(prompts))
+        counts = ranks.gather(len(prompts))
         filler = np.zeros(1, dtype=np.int32)
         padded = [*prompts, *([filler] * (max(counts) - len(prompts)))]
         chunks = [

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fastalign import __version__
+from fastalign import __version__, ranks
 from fastalign.batch import Batch, Packer
 from fastalign.data import Example
 from fastalign.model import REFERENCE, TrainedModel
@@ -67,7 +66,7 @@ def score_reference(run: Run, examples: Sequence[Example]) -> list[Example]:
         run.tracker.phase("reference", f"{first}/{len(examples)}")
         chunk = examples[first : first + CHUNK]
         path = cache_folder() / "reference" / f"{_key(base, chunk)}.safetensors"
-        values = _from_rank_0(run, _read(path, chunk, run.tracker.say) if run.rank == 0 else None)
+        values = ranks.from_first(_read(path, chunk, run.tracker.say) if run.rank == 0 else None)
         if values is None:
             values = _compute(run, chunk)
             computed += len(chunk)
@@ -101,9 +100,7 @@ def _compute(run: Run, chunk: Sequence[Example]) -> np.ndarray:
             rows = [sum(int(s.loss_mask.sum()) for s in chunk[i].streams) for i in indices]
             values = np.split(logprob.float().cpu().numpy(), np.cumsum(rows))
             mine |= dict(zip(indices, values, strict=False))
-    everyone: list[dict[int, np.ndarray]] = [{} for _ in range(run.world_size)]
-    dist.all_gather_object(everyone, mine)
-    found = {index: values for part in everyone for index, values in part.items()}
+    found = {index: values for part in ranks.gather(mine) for index, values in part.items()}
     return np.concatenate([found[index] for index in range(len(chunk))])
 
 
@@ -158,13 +155,6 @@ def _key(base: bytes, chunk: Sequence[Example]) -> str:
             found.update(stream.input_ids.tobytes())
             found.update(stream.loss_mask.tobytes())
     return found.hexdigest()
-
-
-def _from_rank_0(run: Run, values: np.ndarray | None) -> np.ndarray | None:
-    held = [values]
-    if run.world_size > 1:
-        dist.broadcast_object_list(held, src=0)
-    return held[0]
 
 
 def _read(path: Path, chunk: Sequence[Example], say: Callable[[str], None]) -> np.ndarray | None:

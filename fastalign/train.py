@@ -23,7 +23,7 @@ import torch.distributed as dist
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from fastalign import checkpoint, model_card
+from fastalign import checkpoint, model_card, ranks
 from fastalign.attention import choose_kernel
 from fastalign.batch import Batch, make_batch, plan_batches
 from fastalign.config import Config, ConfigError, JudgeConfig, dump_config
@@ -245,12 +245,11 @@ def _settle_dtype(config: Config, device: torch.device, found: Path | None) -> t
     the dtype of its checkpoint ``found``.
     """
     if config.dtype == "auto" and found is not None:
-        dtype, why = checkpoint.read_recipe(found).dtype, "that of the checkpoint"
-        return config.model_copy(update={"dtype": dtype}), why
+        held = checkpoint.read_recipe(found).dtype
+        return config.model_copy(update={"dtype": held}), "that of the checkpoint"
     chosen, why = choose_dtype(config, device)
-    box = [str(chosen).removeprefix("torch."), why]
-    dist.broadcast_object_list(box, src=0)
-    return config.model_copy(update={"dtype": box[0]}), box[1]
+    dtype, why = ranks.from_first((str(chosen).removeprefix("torch."), why))
+    return config.model_copy(update={"dtype": dtype}), why
 
 
 def check_judges(config: Config, method: Method) -> None:
@@ -717,8 +716,7 @@ def check_start(run: Run, dtype_why: str = AS_SAID) -> None:
         if unshared is None and model.reference_engine is not None:
             unshared = share(model.reference_policy, model.reference_engine)
     run.model.engine.train()
-    run.choose("dtype", Choice(_dtype_name(run), dtype_why))
-    for name, choice in _choices(run, unpacked, unshared, gap).items():
+    for name, choice in _choices(run, dtype_why, unpacked, unshared, gap).items():
         run.choose(name, choice)
     cut = run.config.cut
     if run.config.method == "cut" and cut.misalign and (cut.lambda_ <= 1 or not cut.detection):
@@ -728,18 +726,24 @@ def check_start(run: Run, dtype_why: str = AS_SAID) -> None:
         _check_sync(run, words)
 
 
-def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -> dict[str, Choice]:
+def _choices(
+    run: Run, dtype_why: str, unpacked: str | None, unshared: str | None, gap: float
+) -> dict[str, Choice]:
     """What a step runs on, and why."""
     config, model = run.config, run.model
     trainable = sum(
         getattr(p, "ds_numel", p.numel()) for p in model.policy.parameters() if p.requires_grad
     )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if config.load_in_4bit:
+        dtype += " on a base in NF4"
     threads = "torch's default"
     if "OMP_NUM_THREADS" in os.environ:
         threads = f"OMP_NUM_THREADS = {os.environ['OMP_NUM_THREADS']}"
     kernel, why = choose_kernel(model.device, model.dtype)
     chosen = {
         "model": Choice(f"{config.model_name_or_path}, {trainable:,} trainable parameters"),
+        "dtype": Choice(dtype, dtype_why),
         "processes": Choice(f"{run.world_size} on {model.device.type}"),
         "ZeRO stage": Choice(str(model.zero_stage), choose_zero_stage(config, run.world_size)[1]),
         "threads": Choice(f"{torch.get_num_threads()} a process", threads),
@@ -766,11 +770,6 @@ def _choices(run: Run, unpacked: str | None, unshared: str | None, gap: float) -
     agree = f"they agree with the model's own logits, mean difference {gap:.1e}"
     chosen["kernels"] = Choice(f"log-probs and losses in {name}", f"{why}; {agree}")
     return chosen
-
-
-def _dtype_name(run: Run) -> str:
-    name = str(run.model.dtype).removeprefix("torch.")
-    return f"{name} on a base in NF4" if run.config.load_in_4bit else name
 
 
 def _same_dropout(policy: torch.nn.Module) -> str:
@@ -1198,9 +1197,8 @@ def update(run: Run, examples: list[Example], scheduled: float, total: int) -> d
     norm = model.step()
     if not math.isfinite(metrics["loss"]):
         wrong = [pack for pack, x in zip(packs, losses, strict=True) if not x.isfinite()]
-        everywhere: list[Any] = [None] * run.world_size
-        dist.all_gather_object(everywhere, [source for pack in wrong for source in pack.sources])
-        sources = [source for part in everywhere for source in part]
+        mine = [source for pack in wrong for source in pack.sources]
+        sources = [source for part in ranks.gather(mine) for source in part]
         raise NotFinite(f"the loss is {metrics['loss']} on {_named(sources)}")
     if norm is None:
         sources = [e.source for e in examples]

@@ -1410,6 +1410,21 @@ def test_a_run_keeps_its_dtype_where_another_is_fast(tiny_llama, tmp_path, monke
     assert load_config(Path(config.output_dir, "recipe.yaml")).dtype == "bfloat16"
 
 
+def test_a_single_process_gathers_from_nobody(sharp_llama, tmp_path, rule, monkeypatch):
+    """A collective of one would leave OpenMP with threads that sleep between operations."""
+
+    def refuse(*arguments: Any, **keys: Any) -> None:
+        raise AssertionError("a collective of one process")
+
+    for name in ("all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    keys = online("dpo", rule, eval_ratio=0.3, eval_steps="round", save_steps=2, dtype="auto")
+    keys["online"] = keys["online"] | {"prompts_per_iteration": 3}
+    keys["eval_judge"] = {"type": "rule", "path": f"{rule}:longer"}
+    config = recipe("dpo", sharp_llama, tmp_path, **keys, **LORA)
+    assert "eval/win_rate" in train(config)
+
+
 def test_resume_says_when_there_is_nothing_to_resume(tiny_llama, tmp_path, capfd):
     train(recipe("sft", tiny_llama, tmp_path, resume_from_checkpoint=True, max_steps=1))
     assert "no checkpoint in" in capfd.readouterr().err

@@ -16,9 +16,9 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel
 
+from fastalign import ranks
 from fastalign.batch import Batch, make_batch
 from fastalign.config import Config, ConfigError
 from fastalign.data import Example, Kind
@@ -222,11 +222,7 @@ class _Loss:
         """Ranks and packs add their metrics up by name."""
         names = set(metrics)
         if self.names is None:
-            self.names = names
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                everyone: list[set[str]] = [set()] * dist.get_world_size()
-                dist.all_gather_object(everyone, names)
-                self.names = everyone[0]
+            self.names = ranks.from_first(names)
         if names == self.names:
             return None
         other = ", ".join(sorted(names ^ self.names))

@@ -25,10 +25,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from fastalign import ranks
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import CLOSED, Adapter, EngineError, EngineFault, SyncReport
@@ -179,14 +179,14 @@ class ServerEngine(VllmAnswers):
         self._stale = f"the transfer of version {version} did not finish"
         transfer, shapes = Transfer(), dict[str, list[int]]()
         failures: list[EngineError] = []
-        if _rank() == 0:
+        if ranks.rank() == 0:
             with _kept(failures):
                 self._begin_transfer()
         for bucket in self._buckets(tensors, transfer, shapes, version):
             if not failures:
                 with _kept(failures):
                     self._send([(name, tensor) for name, tensor in bucket if name in names])
-        if _rank() == 0 and not failures:
+        if ranks.rank() == 0 and not failures:
             with _kept(failures):
                 self._post("/finish_weight_update", None)
                 self._read_back(transfer, shapes, names, version)
@@ -200,7 +200,7 @@ class ServerEngine(VllmAnswers):
                 version, len(transfer.sent), transfer.bytes, seconds, digest(transfer.sent)
             )
         )
-        report: SyncReport = _raised(_from_first(outcome))
+        report: SyncReport = _raised(ranks.from_first(outcome))
         self._stale, self._version = None, version
         return report
 
@@ -225,11 +225,11 @@ class ServerEngine(VllmAnswers):
         old = self._adapters.pop(name, None)
         outcome: Any = None
         failures: list[EngineError] = []
-        if _rank() == 0:
+        if ranks.rank() == 0:
             with _kept(failures):
                 outcome = self._send_adapter(name, tensors, config, version, old)
         outcome = failures[0] if failures else outcome
-        adapter, size = _raised(_from_first(outcome))
+        adapter, size = _raised(ranks.from_first(outcome))
         self._adapters[name] = adapter
         seconds = time.perf_counter() - start
         return SyncReport(version, len(adapter.sent), size, seconds, digest(adapter.sent))
@@ -242,7 +242,7 @@ class ServerEngine(VllmAnswers):
 
     def lost(self) -> bool:
         """Whether any rank has found it dead, hanging or out of its mind; collective."""
-        return any(_from_all(self._dead is not None))
+        return any(ranks.gather(self._dead is not None))
 
     def restart(self) -> None:
         """Stop the server whole and start another one; see :class:`RolloutEngine`."""
@@ -280,7 +280,7 @@ class ServerEngine(VllmAnswers):
     def _launch(self) -> None:
         """Start it on rank 0 and wait until it answers; collective."""
         outcome: Any = None
-        if _rank() == 0:
+        if ranks.rank() == 0:
             port, token = self._config.server.port or _free_port(), secrets.token_hex(16)
             try:
                 self._start(_flags(self._arguments | {"port": port}), token)
@@ -289,8 +289,8 @@ class ServerEngine(VllmAnswers):
             except EngineError as error:
                 self.close()
                 outcome = error
-        port, token, self._vocab_size = _raised(_from_first(outcome))
-        if _rank() != 0:
+        port, token, self._vocab_size = _raised(ranks.from_first(outcome))
+        if ranks.rank() != 0:
             self._connect(port, token)
 
     def _start(self, arguments: list[str], token: str) -> None:
@@ -423,7 +423,7 @@ class ServerEngine(VllmAnswers):
     def _meet(self) -> None:
         """Wait for all ranks, which may still sample; raise on all of them where one found the
         server dead."""
-        self._dead = next((why for why in _from_all(self._dead) if why is not None), None)
+        self._dead = next((why for why in ranks.gather(self._dead) if why is not None), None)
         self._check_alive()
 
     # --- weights ---
@@ -480,7 +480,7 @@ class ServerEngine(VllmAnswers):
         bucket: list[tuple[str, torch.Tensor]] = []
         size = 0
         for name, tensor in tensors:
-            if _rank() != 0:
+            if ranks.rank() != 0:
                 continue
             # The sender of the stream may reuse its buffer for the next one.
             tensor = tensor.detach().to(device=self._device, dtype=self._dtype, copy=True)
@@ -723,26 +723,6 @@ def _line(value: Any) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:300] + "..."
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_all(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: Any) -> Any:
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 @contextlib.contextmanager
