@@ -464,7 +464,7 @@ def test_losses_stand_on_torch_and_the_kernels_alone():
 
 
 def test_only_batches_and_episodes_use_the_bridge():
-    allowed = {"fastalign.batch", "fastalign.episodes", "fastalign.rollout.hf"}
+    allowed = {f"fastalign.{x}" for x in ("batch", "episodes", "rollout.draw", "rollout.hf")}
     assert importers_of("fastalign._bridge") <= allowed
 
 

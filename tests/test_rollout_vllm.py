@@ -191,6 +191,23 @@ def test_the_models_own_end_token_stops_nothing(engine, model):
     assert {sample.finish_reason for sample in rollouts} == {"length"}
 
 
+@pytest.mark.parametrize(
+    "keys", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 7, "min_p": 0.02}]
+)
+def test_both_engines_draw_the_same(engine, tiny_llama, model, keys):
+    """The same numbers from request and place, so that only rounding can tell them apart."""
+    prompts = _prompts(model.config.vocab_size)
+    settings = SamplingSettings(30, **keys)
+    seeds = [2**63 + 5, *range(1, len(prompts))]
+    found = engine.generate(prompts, settings, seeds)
+    embedded = HfEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=256)
+    expected = embedded.generate(prompts, settings, seeds)
+    embedded.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=TOLERANCE)
+
+
 def test_seeds_repeat_a_call(engine, model):
     prompts = _prompts(model.config.vocab_size)
     prompts += [prompts[5]] * 3

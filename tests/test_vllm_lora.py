@@ -109,7 +109,7 @@ def test_embeddings_and_logits(batch, dtype):
 def test_it_takes_the_place_of_vllms(caplog):
     wrapper = PunicaWrapperCPU(64, 64, torch.device("cpu"))
     manager = SimpleNamespace(punica_wrapper_mapping={"": wrapper})
-    vllm_worker._use_dense_lora(manager)
+    vllm_worker._replace("adapters are computed", "vllm_lora", manager)
     assert type(wrapper) is DenseLora
     install(manager)
     assert not caplog.records
@@ -125,7 +125,7 @@ def test_an_unknown_vllm_keeps_its_own_and_says_so(caplog, monkeypatch):
     monkeypatch.setattr(PunicaWrapperCPU, "add_lora_linear", add_lora_linear)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            vllm_worker._use_dense_lora(manager)
+            vllm_worker._replace("adapters are computed", "vllm_lora", manager)
     assert type(wrapper) is PunicaWrapperCPU
     (line,) = caplog.messages
     assert "PunicaWrapperCPU.add_lora_linear takes other parameters" in line

@@ -31,11 +31,11 @@ from fastalign import _bridge
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.printing import reason
 from fastalign.quantization import load_nf4
+from fastalign.rollout.draw import draw
 from fastalign.rollout.engine import (
     CLOSED,
     Adapter,
     EngineError,
-    EngineFault,
     Rollout,
     RolloutEngine,
     SamplingSettings,
@@ -395,7 +395,15 @@ class HfEngine(RolloutEngine):
         # Rows still running, by their index in the batch; what ends in R holds these rows alone.
         alive_R = np.arange(count)
         for step in range(limit):
-            token_R, logprob_R = _draw(logits_RV, seeds_B[alive_R], step, settings)
+            token_R, logprob_R = draw(
+                logits_RV,
+                seeds_B[alive_R],
+                np.full(len(alive_R), step, dtype=np.uint64),
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+            )
             tokens_BT[alive_R, step] = token_R
             logprobs_BT[alive_R, step] = logprob_R
             done_R = np.isin(token_R, settings.stop_token_ids)
@@ -553,41 +561,3 @@ def _adapter_tensors(peft_model: Any, name: str) -> dict[str, torch.Tensor]:
 def _positions(mask_UP: torch.Tensor) -> torch.Tensor:
     """Position of each token in its own prompt; padding gets 0, which nothing attends to."""
     return (mask_UP.cumsum(dim=-1) - 1).clamp_(min=0)
-
-
-def _draw(
-    logits_RV: torch.Tensor, seeds_R: np.ndarray, step: int, settings: SamplingSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token [R] and its raw log-prob [R]; see :func:`fastalign._bridge.sample`.
-
-    Raises:
-        EngineFault: the logits are none to sample from (NaN, infinity).
-    """
-    try:
-        tokens, logprobs, _ = _bridge.sample(
-            _on_host(logits_RV),
-            seeds_R,
-            np.full(len(seeds_R), step, dtype=np.uint64),
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            # As many as torch has, whose own are idle meanwhile.
-            threads=torch.get_num_threads(),
-        )
-    except ValueError as error:
-        raise EngineFault(f"the model's logits cannot be sampled from: {error}") from None
-    return tokens, logprobs
-
-
-def _on_host(logits: torch.Tensor) -> np.ndarray:
-    """float32, or the bits of bfloat16 as uint16, without a copy where they lie there."""
-    if logits.dtype == torch.float16:
-        logits = logits.float()
-    if logits.device.type == "cuda":
-        pinned = torch.empty_like(logits, device="cpu", pin_memory=True)
-        logits = pinned.copy_(logits)
-    else:
-        logits = logits.cpu()
-    bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits
-    return bits.numpy()

@@ -115,8 +115,9 @@ class VllmAnswers(RolloutEngine):
     other tokens, because the rounding of batched products depends on the batch; so may a call on
     another number of ranks.
 
-    vLLM keeps all tokens whose logits equal the last one of top-k, where the embedded engine goes
-    by the token id, and reads stop strings from whole characters: a token that completes one and
+    On a CPU, inside the trainer's process, tokens are drawn as the embedded engine draws them.
+    Elsewhere vLLM draws with numbers of its own, and keeps all tokens whose logits equal the last
+    one of top-k.  It reads stop strings from whole characters: a token that completes one and
     begins another character ends the completion when that character is whole.
     """
 
@@ -316,6 +317,8 @@ class VllmEngine(VllmAnswers):
         for path in self._ranks.shared_memory():
             path.unlink(missing_ok=True)
         _started.append(self._llm)
+        if self._on_cpu:
+            self._llm.collective_rpc("fastalign_own_sampler")
         self._request_type = LoRARequest
         self._dtype = dtype
         self._max_adapters = max_adapters if lora_rank is not None else 0

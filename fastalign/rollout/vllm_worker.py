@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class WorkerExtension:
 
     # The worker's part, as used here.
     model_config: Any
+    model_runner: Any
     device: torch.device
     get_model: Callable[[], Any]
     reload_weights: Callable[..., None]
@@ -125,6 +127,10 @@ class WorkerExtension:
             read_back(self.get_model(), transfer, shapes, dtype, version)
         return transfer
 
+    def fastalign_own_sampler(self) -> None:
+        """Draw tokens by our own sampler, on a CPU."""
+        _replace("tokens are drawn", "vllm_sampler", self.model_runner)
+
     def fastalign_adapter_cuts(self, shapes: Mapping[str, torch.Size]) -> dict[str, Cut]:
         """Which rows and columns of an adapter's matrices this rank has to hold.
 
@@ -155,7 +161,7 @@ class WorkerExtension:
         """
         manager = self.get_model().lora_manager
         if self.device.type == "cpu":
-            _use_dense_lora(manager)
+            _replace("adapters are computed", "vllm_lora", manager)
         self.add_lora(request)
         slot = manager.lora_index_to_id.index(request.lora_int_id)
         held: dict[str, Fingerprint] = {}
@@ -193,17 +199,16 @@ class WorkerExtension:
                 yield name, module, is_a, index, parts
 
 
-def _use_dense_lora(manager: Any) -> None:
-    """Compute adapters our way on vLLM's CPU backend, if it is the one that is known.
+def _replace(what: str, module: str, target: Any) -> None:
+    """Have ``target`` of vLLM's CPU backend do ``what`` our way, if it is the one that is known.
 
-    Layers are not compiled where vLLM takes adapters on a CPU, so what they call may change.
+    Layers are not compiled where vLLM takes adapters on a CPU, and its sampler never is, so what
+    they call may change.
     """
     try:
-        from fastalign.rollout.vllm_lora import install
-
-        install(manager)
+        import_module(f"fastalign.rollout.{module}").install(target)
     except ImportError as error:
-        _tell(f"adapters are computed by vLLM's own operations, which are slow on a CPU: {error}")
+        _tell(f"{what} by vLLM's own operations, which are slow on a CPU: {error}")
 
 
 @functools.cache
