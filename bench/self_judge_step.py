@@ -137,7 +137,7 @@ def fastalign_steps(task: dict[str, Any], engine: str) -> Row:
 
 def plain_steps(task: dict[str, Any]) -> Row:
     torch.manual_seed(0)
-    words = _renderer(task)
+    words = make_renderer(task)
     model = steps.plain_model(task, RANK, "all-linear")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -186,7 +186,7 @@ class Clock:
         self.parts[part], self._mark = now - self._mark, now
 
 
-def _renderer(task: dict[str, Any]) -> Any:
+def make_renderer(task: dict[str, Any]) -> Any:
     import transformers
 
     from fastalign.templates import Renderer
@@ -266,7 +266,7 @@ def alone_steps(task: dict[str, Any]) -> Row:
     from fastalign.rollout.hf import HfEngine
 
     torch.manual_seed(0)
-    words = _renderer(task)
+    words = make_renderer(task)
     model = steps.plain_model(task, RANK, "all-linear")
     engine = HfEngine(
         task["model"],

@@ -19,6 +19,8 @@ import scaling
 import self_judge_step
 import shepherd
 import steps
+import torch
+import vllm_cpu
 from support import rows, write_rows
 
 import fastalign.train as loop
@@ -214,6 +216,20 @@ def test_the_bench_of_self_judge_times_its_parts(bench: Callable[..., Any], tmp_
         # DPO from the reference itself.
         assert row["losses"][0] == pytest.approx(0.6931, abs=1e-3)
     assert alone["x_generate"] > 0 and len(alone["generate_seconds"]) == 3
+
+
+def test_the_bench_of_vllm_gives_all_variants_the_same_work(
+    bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm")
+    if torch.cuda.is_available():
+        pytest.skip("of vLLM's CPU backend")
+    data = write_rows(tmp_path / "prompts.jsonl", rows("prompt", 4))
+    options = ["--turns", "2", "--new", "6", "--prompts-per-step", "2", "--dtypes", "float32"]
+    (row,) = bench(vllm_cpu, data, *options)
+    assert row["seconds"].keys() == vllm_cpu.VARIANTS.keys()
+    assert all(len(seconds) == 2 for seconds in row["seconds"].values())
+    assert vllm_cpu.table(row, 24).count("\n") == 1 + len(vllm_cpu.VARIANTS)
 
 
 def test_the_bench_of_growth_knows_the_work(bench: Callable[..., Any], tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.batch import make_batch
-from fastalign.config import DatasetConfig, JudgeConfig, RolloutConfig
+from fastalign.config import DatasetConfig, JudgeConfig, ModelConfig, RolloutConfig
 from fastalign.data import Example, Stream, load_records
 from fastalign.demo.rules import SPANS, WRITTEN
 from fastalign.episodes import sampling_seed
 from fastalign.judge import JudgeModel, Pair, PairwiseJudge, SelfPairwiseJudge
 from fastalign.judge_quality import compare_blind, plain, quality
 from fastalign.logprobs import Policy, check_packing, probe_batch
+from fastalign.model import resolve_dtype
 from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
 from fastalign.templates import Renderer
 from fastalign.tournament import Contest, play, tally
@@ -38,12 +39,10 @@ MAX_LENGTH = 1024
 
 def make_measuring_engine(model: str, lora_rank: int | None) -> RolloutEngine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # On a CPU vLLM applies adapters six times slower than the embedded engine does.
-    slow_adapters = lora_rank is not None and device.type == "cpu"
     return make_engine(
-        RolloutConfig(engine="hf" if slow_adapters else "auto", max_num_seqs=128),
+        RolloutConfig(max_num_seqs=128),
         model_path=model,
-        dtype=torch.bfloat16,
+        dtype=resolve_dtype(ModelConfig(model_name_or_path=model), device),
         device=device,
         max_model_len=MAX_LENGTH,
         lora_rank=lora_rank,
@@ -110,7 +109,9 @@ class Scorer:
     """Teacher-forced log-probs of a model with or without an adapter."""
 
     def __init__(self, model: str, adapter: str | None) -> None:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        config = ModelConfig(model_name_or_path=model)
+        dtype = resolve_dtype(config, torch.device("cpu"))
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         if adapter is not None:
             loaded = PeftModel.from_pretrained(loaded, adapter)
         self.policy = Policy(loaded).eval()

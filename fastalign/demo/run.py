@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -201,8 +200,6 @@ class Demo:
             ],
             "online": {"iterations": 4, "prompts_per_iteration": 40, "num_generations": 2},
             "judge": {"type": "self", "model": "reference", "tie_threshold": TIE},
-            # On a CPU vLLM applies adapters six times slower than the embedded engine does.
-            "rollout": {"engine": "auto" if torch.cuda.is_available() else "hf"},
             "temperature": 1.0,
             "top_p": 0.9,
             "max_completion_length": 96,
