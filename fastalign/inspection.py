@@ -80,8 +80,10 @@ class Inspection:
         tokens = [token for record in negative for token in record.tokens]
         share = np.mean([record.flagged / len(record.tokens) for record in negative])
         contrast = np.mean([t.log_c - t.log_q for t in tokens if t.log_c is not None])
+        plural = "" if len(negative) == 1 else "s"
         return (
-            f"{len(negative)} negative record{'s' * (len(negative) != 1)}, {len(self.records) - len(negative)} positive: "
+            f"{len(negative)} negative record{plural}, "
+            f"{len(self.records) - len(negative)} positive: "
             f"{sum(t.flagged for t in tokens)} of {len(tokens)} tokens flagged, "
             f"{share:.1%} of a record's on average; mean log c - log q {contrast:+.3f}"
         )
