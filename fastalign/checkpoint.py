@@ -431,9 +431,16 @@ def read_recipe(path: Path) -> Config:
         ConfigError: it is not as this version writes it.
     """
     try:
-        return parse_config(read_yaml(path / RECIPE, "recipe"), str(path / RECIPE))
+        recipe = parse_config(read_yaml(path / RECIPE, "recipe"), str(path / RECIPE))
     except ConfigError as error:
         raise ConfigError(f"resume_from_checkpoint: {error}") from None
+    if recipe.dtype == "auto":
+        raise ConfigError(
+            f"resume_from_checkpoint: {path / RECIPE} is not as this version of FastAlign writes "
+            "it: dtype = 'auto', where the one that was trained in is wanted (start.json of the "
+            "run has it)"
+        )
+    return recipe
 
 
 def read_saved(path: Path) -> Saved:
@@ -454,8 +461,6 @@ def read_saved(path: Path) -> Saved:
         examples = load_examples(path / name) if (path / name).is_file() else ()
         name = "ahead.json"
         ahead = _ahead(_read_json(path / name)) if (path / name).is_file() else None
-    except ConfigError as error:
-        raise ConfigError(f"resume_from_checkpoint: {error}") from None
     except Exception as error:
         # It is as it was written, so that another version has written it.
         raise ConfigError(
@@ -499,7 +504,7 @@ def load_checkpoint(run: Run, path: Path) -> tuple[Position, Pending]:
             f"nproc_per_node = {layout['processes']}"
         )
     # Rank 0 hashed them.
-    _check_same_content(saved.identity, ranks.gather(run.identity)[0], path)
+    _check_same_content(saved.identity, ranks.from_first(run.identity), path)
     if layout == here or model.zero_stage == 0:
         _load_state(model, path)
     else:

@@ -66,7 +66,7 @@ BFLOAT16_LEAST_SPEED = 0.8
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it as fast as float32, float32 elsewhere."""
+    """bfloat16 where the hardware multiplies it fast, float32 elsewhere."""
     return choose_dtype(config, device)[0]
 
 

@@ -96,7 +96,7 @@ def _together(work: Callable[[], T]) -> T:
         fault = error
     found = next((f for part in ranks.gather([fault]) for f in part if f is not None), None)
     if found is not None:
-        raise found from fault
+        raise found from (None if found is fault else fault)
     return result
 
 

@@ -24,12 +24,12 @@ def alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def gather(mine: T) -> list[T]:
-    """What each rank has, in their order; collective."""
+def gather(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each rank, or each of ``group``, has, in their order; collective over these."""
     if alone():
         return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 

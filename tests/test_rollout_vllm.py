@@ -194,6 +194,7 @@ def test_the_models_own_end_token_stops_nothing(engine, model):
 @pytest.mark.parametrize(
     "keys", [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 7, "min_p": 0.02}]
 )
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of vLLM's CPU backend")
 def test_both_engines_draw_the_same(engine, tiny_llama, model, keys):
     """The same numbers from request and place, so that only rounding can tell them apart."""
     prompts = _prompts(model.config.vocab_size)
@@ -711,6 +712,20 @@ def test_an_engine_whose_weights_broke_says_so(tied):
     made._dead = None
     made.load_weights(weights.items(), names, 9)
     assert made.next_logprobs(_prompts(300, (4,)), [5, 6]).shape == (1, 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of vLLM's CPU backend")
+def test_logits_that_are_no_numbers_end_the_engine(tiny_llama, model):
+    made = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    broken = {name: torch.full_like(p, np.nan) for name, p in _weights(model).items()}
+    made.load_weights(broken.items(), frozenset(broken), 1)
+    prompts = _prompts(model.config.vocab_size, (4, 7))
+    with pytest.raises(EngineFault, match=r"vLLM failed: .* cannot be sampled from: .* is NaN"):
+        made.generate(prompts, SamplingSettings(2), [1, 2])
+    # What was queued would be mixed into its answers.
+    with pytest.raises(EngineError, match="cannot be used any more: the model's logits"):
+        made.generate(prompts, SamplingSettings(2), [1, 2])
+    made.close()
 
 
 def test_a_signal_while_vllm_samples(sharp_llama, tmp_path, monkeypatch, capfd, quiet_process):

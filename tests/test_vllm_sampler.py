@@ -126,7 +126,7 @@ def test_another_vllm_keeps_its_own_sampler(caplog):
     (line,) = caplog.messages
     assert line == (
         "tokens are drawn by vLLM's own operations, which are slow on a CPU: vLLM's sampler is a "
-        "Theirs"
+        f"{__name__}.{Theirs.__qualname__}"
     )
     bare = SimpleNamespace(sampler=Sampler())
     with pytest.raises(ImportError, match="SimpleNamespace has no requests"):

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fastalign import ranks
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
 from fastalign.rollout.engine import (
@@ -101,11 +102,7 @@ class _Ranks:
 
     def gather(self, mine: Any) -> list[Any]:
         """What each of them has."""
-        if self._group is None:
-            return [mine]
-        parts: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(parts, mine, group=self._group)
-        return parts
+        return [mine] if self._group is None else ranks.gather(mine, self._group)
 
 
 class VllmAnswers(RolloutEngine):
@@ -482,6 +479,9 @@ class VllmEngine(VllmAnswers):
         try:
             with self._watchdog.watching():
                 yield
+        except EngineFault as error:
+            # Raised inside vLLM by our own parts.
+            raise self._failed(_line(error)) from error
         except EngineError:
             raise
         except Exception as error:

@@ -67,14 +67,15 @@ class CpuSampler(Sampler):
 
 
 def install(runner: Any) -> None:
-    """Have vLLM's model runner sample by :class:`CpuSampler`.
+    """Have vLLM's (V1) model runner sample by :class:`CpuSampler`.
 
     Raises:
         ImportError: the parts of this vLLM are not as they are known here; nothing is changed.
     """
     sampler: Any = getattr(runner, "sampler", None)
     if type(sampler) is not Sampler:
-        raise ImportError(f"vLLM's sampler is a {type(sampler).__name__}")
+        kind = type(sampler)
+        raise ImportError(f"vLLM's sampler is a {kind.__module__}.{kind.__qualname__}")
     for name in ("requests", "input_batch"):
         if not hasattr(runner, name):
             raise ImportError(f"vLLM's {type(runner).__name__} has no {name}")
