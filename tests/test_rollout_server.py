@@ -3,6 +3,7 @@ that it samples while others are trained on.  One server serves all tests but th
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ import fastalign.train as loop
 from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
-from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine
+from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine, vllm_server
 from fastalign.rollout.server import CALL, ServerEngine, end_group, last_words
 from fastalign.train import train
 
@@ -792,6 +794,30 @@ def test_a_signal_while_the_server_samples(
     assert main(["train", str(path), "--resume"]) == 0
     config = in_turn(sharp_llama, tmp_path)
     assert drawn(config) == drawn(steady) and equal(result(config), result(steady))
+
+
+def test_what_a_dying_engine_never_answers_is_an_error(monkeypatch):
+    """vLLM's calls to its engine may be lost when it dies between them."""
+    monkeypatch.setattr(vllm_server, "_PATIENCE_S", 0.01)
+    engine = SimpleNamespace(errored=False, dead_error=RuntimeError("dead"))
+
+    async def answered(after: float, stubborn: bool = False) -> str:
+        try:
+            await asyncio.sleep(after)
+        finally:
+            if stubborn:
+                await asyncio.sleep(0.2)
+        return "answer"
+
+    async def main() -> None:
+        assert await vllm_server.while_alive(engine, answered(0.05)) == "answer"
+        asyncio.get_running_loop().call_later(0.05, setattr, engine, "errored", True)
+        with pytest.raises(RuntimeError, match="dead"):
+            await vllm_server.while_alive(engine, answered(60, stubborn=True))
+        # What it says itself comes first.
+        assert await vllm_server.while_alive(engine, answered(0.0)) == "answer"
+
+    asyncio.run(main())
 
 
 def test_a_server_that_hangs_is_a_line(engine, monkeypatch):

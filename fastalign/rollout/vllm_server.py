@@ -17,13 +17,18 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from fastalign.rollout.server import CALL, FOLDER, GRACE_S, MODEL, TOKEN, shared_memory
 from fastalign.rollout.vllm import plain_answer
+
+T = TypeVar("T")
+
+# How often to look whether the engine lives, and how long to wait for what it leaves.
+_PATIENCE_S = 2.0
 
 _one_call = asyncio.Lock()
 _numbers = itertools.count()
@@ -37,13 +42,30 @@ async def routes(request: Request, call_next: Callable[[Request], Awaitable[Resp
     engine = request.app.state.engine_client
     if request.url.path == MODEL:
         return JSONResponse({"vocab_size": engine.model_config.get_vocab_size()})
-    if request.url.path != CALL:
-        return await call_next(request)
     try:
+        if request.url.path != CALL:
+            return await while_alive(engine, call_next(request))
         # Plain numbers, infinities among them.
-        return Response(json.dumps(await _call(engine, await request.json())))
+        return Response(json.dumps(await while_alive(engine, _call(engine, await request.json()))))
     except Exception as error:
         return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
+
+
+async def while_alive(engine: Any, work: Awaitable[T]) -> T:
+    """What ``work`` comes to, unless the engine dies first.
+
+    What vLLM is asked for while its engine dies, such as a pause, may never be answered.
+    """
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        dead = engine.errored
+        # vLLM's own error says more, where there is one.
+        await asyncio.wait([task], timeout=_PATIENCE_S)
+        if dead and not task.done():
+            # What it does when it is cancelled may wait for the engine as well.
+            task.cancel()
+            raise engine.dead_error
+    return task.result()
 
 
 async def _call(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
