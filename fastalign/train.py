@@ -58,7 +58,6 @@ from fastalign.methods.base import (
     rejected_as_sampled,
 )
 from fastalign.model import (
-    AS_SAID,
     POLICY,
     TrainedModel,
     build_model,
@@ -702,7 +701,7 @@ def probe_words(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.array(tokenizer(text).input_ids, dtype=np.int32)
 
 
-def check_start(run: Run, dtype_why: str = AS_SAID) -> None:
+def check_start(run: Run, dtype_why: str) -> None:
     """Prove what the run relies on, and say what was chosen."""
     model, say = run.model, run.tracker.say
     words = probe_words(run.tokenizer)

@@ -129,7 +129,7 @@ def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[E
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tracker = Tracker(config, rank, 1)
     run = Run(config, method, tokenizer, model, None, renderers, tracker, rank, world_size)
-    loop.check_start(run)
+    loop.check_start(run, "of the test")
     return run, examples
 
 

@@ -57,15 +57,17 @@ async def while_alive(engine: Any, work: Awaitable[T]) -> T:
     What vLLM is asked for while its engine dies, such as a pause, may never be answered.
     """
     task = asyncio.ensure_future(work)
-    while not task.done():
-        dead = engine.errored
-        # vLLM's own error says more, where there is one.
-        await asyncio.wait([task], timeout=_PATIENCE_S)
-        if dead and not task.done():
-            # What it does when it is cancelled may wait for the engine as well.
-            task.cancel()
-            raise engine.dead_error
-    return task.result()
+    try:
+        while not task.done():
+            dead = engine.errored
+            # vLLM's own error says more, where there is one.
+            await asyncio.wait([task], timeout=_PATIENCE_S)
+            if dead and not task.done():
+                raise engine.dead_error
+        return task.result()
+    finally:
+        # Nor does it outlive who asked; what it does then may wait for the engine, and we do not.
+        task.cancel()
 
 
 async def _call(engine: Any, call: dict[str, Any]) -> list[dict[str, Any]]:
