@@ -6,10 +6,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from fastalign.batch import Batch
 
 PACKED_ATTENTION = "fastalign_packed"
+# Queries in one call of torch's CPU kernel, which computes what the mask hides as well: the fewer,
+# the less of that.  From 192 on the kernel takes them in blocks of 64, below in blocks of 32.
+CPU_ROWS = 192
 
 
 @dataclass(frozen=True)
@@ -136,27 +139,26 @@ def packed_attention(
         return kernel(q, k, v, segments, scaling, dropout, sliding_window)[None], None
     # Split, not sliced: the gradient of a slice is as large as the whole.
     queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
-    parts = []
-    for s, (n, parent) in enumerate(zip(segments.lengths, segments.parents, strict=True)):
-        k, v, mask = keys[s], values[s], None
+    attend = functools.partial(
+        nn.functional.scaled_dot_product_attention,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    parts: list[torch.Tensor] = []
+    for q, k, v, parent in zip(queries, keys, values, segments.parents, strict=True):
+        before = 0
         if parent >= 0:
+            before = segments.lengths[parent]
             k = torch.cat([keys[parent], k], dim=2)
             v = torch.cat([values[parent], v], dim=2)
-            mask = _continues(n, segments.lengths[parent], query.device)
-        elif sliding_window and n > sliding_window:
-            mask = _window(n, sliding_window, query.device)
-        parts.append(
-            nn.functional.scaled_dot_product_attention(
-                queries[s],
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
-        )
+        rows = CPU_ROWS if q.device.type == "cpu" else q.shape[2]
+        blocks = _blocks(q.shape[2], before, sliding_window, rows)
+        spans = tuple((block.first_key, before + block.end) for block in blocks)
+        operands = q.split(rows, dim=2), _slices(k, spans), _slices(v, spans)
+        for block, q, k, v in zip(blocks, *operands, strict=True):
+            mask = _mask(block, before, sliding_window, q.device)
+            parts.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -173,15 +175,61 @@ def _masks_a_window(module: nn.Module) -> bool:
     return types is None or layer is None or types[layer] != "full_attention"
 
 
-def _continues(length: int, before: int, device: torch.device) -> torch.Tensor:
-    """bool [length, before + length]: token t sees all before the segment and 0..t of its own."""
-    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+class _Block(NamedTuple):
+    """Queries start..end of a segment, and the first of its keys that any of them attends to."""
+
+    start: int
+    end: int
+    first_key: int
 
 
-def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
-    t = torch.arange(length, device=device)
-    distance = t[:, None] - t[None, :]
-    return (distance >= 0) & (distance < window)
+def _blocks(length: int, before: int, window: int | None, rows: int) -> list[_Block]:
+    """The queries of a segment that follows ``before`` tokens, ``rows`` at a time."""
+    return [
+        _Block(
+            start, min(start + rows, length), max(0, before + start + 1 - window) if window else 0
+        )
+        for start in range(0, length, rows)
+    ]
+
+
+def _mask(
+    block: _Block, before: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """bool [queries, keys] of a block: token t sees those of ``before`` and 0..t of its segment, or
+    the last ``window`` of them; None where it is causal from the first key on."""
+    start, end, first = block
+    if before == start == 0 and (not window or end <= window):
+        return None
+    queries = torch.arange(before + start, before + end, device=device)
+    distance = queries[:, None] - torch.arange(first, before + end, device=device)[None, :]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _slices(x: torch.Tensor, spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    return (x,) if len(spans) == 1 else _Slices.apply(x, spans)
+
+
+class _Slices(torch.autograd.Function):
+    """x [1, H, K, d] -> x[:, :, a:b] of each span; gradients are added up in fp32, span by span."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, spans: tuple[tuple[int, int], ...]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.spans, ctx.keys = spans, x.shape[2]
+        return tuple(x[:, :, a:b] for a, b in spans)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        one = gradients[0]
+        total = one.new_zeros(
+            (*one.shape[:2], ctx.keys, one.shape[3]),
+            dtype=torch.promote_types(one.dtype, torch.float32),
+        )
+        for gradient, (a, b) in zip(gradients, ctx.spans, strict=True):
+            total[:, :, a:b] += gradient
+        return total.to(one.dtype), None
 
 
 # --------------------------------------------------------------------------- on a GPU

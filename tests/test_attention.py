@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastalign.attention import Segments, _gathered, packed_attention
+from fastalign import attention
+from fastalign.attention import Segments, _gathered, _slices, packed_attention
 from fastalign.batch import make_batch
 from fastalign.data import Example, Stream
 
@@ -85,7 +86,9 @@ def seen_by(lengths: list[int], parents: list[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
-def test_values_and_gradients_are_those_of_plain_attention(groups, heads):
+@pytest.mark.parametrize("rows", [2, 3, attention.CPU_ROWS])
+def test_values_and_gradients_are_those_of_plain_attention(groups, heads, rows, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_ROWS", rows)
     lengths, parents = layout(groups)
     q, k, v = tensors(lengths, heads, torch.float64)
     out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments_of(groups))
@@ -104,16 +107,33 @@ def test_without_segments_all_is_one_sequence():
     torch.testing.assert_close(out, plainly(q, k, v, seen_by([6], [-1])))
 
 
-def test_a_window_ends_what_a_token_sees():
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, attention.CPU_ROWS])
+def test_a_window_ends_what_a_token_sees(rows, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_ROWS", rows)
     lengths = [9, 3]
     q, k, v = tensors(lengths, (2, 2), torch.float64)
     segments = segments_of([(8, [1]), (1, [2])])
     out, _ = packed_attention(nn.Module(), q, k, v, None, segments=segments, sliding_window=4)
     seen = [tokens[-4:] for tokens in seen_by(lengths, [-1, -1])]
-    torch.testing.assert_close(out, plainly(q, k, v, seen))
+    expected = plainly(q, k, v, seen)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    torch.testing.assert_close(found, wanted)
     shared = segments_of([(4, [5, 3])])
     with pytest.raises(NotImplementedError, match="a sliding window is not shared"):
         packed_attention(nn.Module(), q, k, v, None, segments=shared, sliding_window=4)
+
+
+def test_gradients_of_keys_are_not_added_up_in_half_precision():
+    """300 blocks of queries that see the same key: a sum in bf16 would stop at 256."""
+    x = torch.randn(1, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
+    parts = _slices(x, [(0, 3)] * 300)
+    torch.stack(parts).sum().backward()
+    wanted = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
+    wanted[:, :, :3] = 300
+    torch.testing.assert_close(x.grad, wanted, rtol=0, atol=0)
 
 
 groups_lists = st.lists(
