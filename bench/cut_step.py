@@ -12,12 +12,13 @@ where the softmaxes' ratio exceeds lambda; in batches of --plain-records, whose 
 Before anything is measured both sides give their loss on the same records in fp32 from the same
 weights, which must agree, as must the tokens that they flag.
 
-`recomputed` is our side with gradient_checkpointing, less memory for a third more work.  After each
-step our side runs the same packs through the body alone, forward and backward to the
-adapter, without head, loss and optimizer: `body` is its share of the step's time.  Tokens are those
-that enter the step, a prompt counting once for each stream, however often it is computed.  Each
-side has a process of its own; reported are tokens/s over the steps behind the first two, the median
-step, and the peak of resident memory (on a GPU: of what torch allocated).
+`recomputed` is our side with gradient_checkpointing, less memory for a third more work; `compiled`
+is it with torch_compile, which compiles in the first steps.  After each step our side runs the same
+packs through the body alone, forward and backward to the adapter, without head, loss and optimizer:
+`body` is its share of the step's time.  Tokens are those that enter the step, a prompt counting
+once for each stream, however often it is computed.  Each side has a process of its own; reported
+are tokens/s over the steps behind the first two, the median step, and the peak of resident memory
+(on a GPU: of what torch allocated).
 
 The floor of a step, with N parameters of the body and V x D of the head, for T tokens of which M
 carry a loss: forward, and backward to the inputs, 2 x 2 N T for frozen weights, and the same
@@ -151,6 +152,10 @@ def recipe(task: dict[str, Any]) -> dict[str, Any]:
 
 def recomputed_steps(task: dict[str, Any]) -> Row:
     return fastalign_steps(task, gradient_checkpointing=True)
+
+
+def compiled_steps(task: dict[str, Any]) -> Row:
+    return fastalign_steps(task, torch_compile=True)
 
 
 def fastalign_steps(task: dict[str, Any], **keys: Any) -> Row:
@@ -297,6 +302,7 @@ SIDES = {
     "check": both_losses,
     "fastalign": fastalign_steps,
     "recomputed": recomputed_steps,
+    "compiled": compiled_steps,
     "plain": plain_steps,
 }
 
@@ -353,7 +359,7 @@ def main() -> None:
     parser.add_argument("judged", help="written judgments: as Shepherd's")
     parser.add_argument("--longest", type=int, nargs="+", default=[LONGEST_ALONE])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    sides = ("fastalign", "recomputed", "plain")
+    sides = ("fastalign", "recomputed", "compiled", "plain")
     parser.add_argument("--sides", nargs="+", choices=sides, default=["fastalign", "plain"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
