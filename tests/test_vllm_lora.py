@@ -84,6 +84,28 @@ def test_linear_layers(batch, sizes, dtype):
     assert torch.equal(y[without], before[without])
 
 
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_linear_layers_in_two_halves(batch, add):
+    """As layers call them whose parts are reduced into one tensor."""
+    sizes, first = (32, 8), 3
+    matrices = [_matrices(size, 10 * i, torch.float32) for i, size in enumerate(sizes)]
+    x = _random(len(batch), INPUTS, seed=1, dtype=torch.float32)
+    before = _random(len(batch), first + sum(sizes) + 2, seed=2, dtype=torch.float32)
+    y = before.clone()
+    a, b = zip(*matrices, strict=True)
+    reduced = torch.zeros(len(sizes), len(batch), RANK)
+    wrapper = _wrapper(batch)
+    wrapper.add_shrink(reduced, x, a, 0.5)
+    wrapper.add_expand(y, reduced, b, sizes, offset_start=first, add_inputs=add)
+    base = before.clone()
+    if not add:
+        base[:, first : first + sum(sizes)] = 0
+    expected = base.double()
+    expected[:, first:] = _expected(base[:, first:], x.double(), batch, matrices, 0.5)
+    torch.testing.assert_close(y.double(), expected, **TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_embeddings_and_logits(batch, dtype):
@@ -119,13 +141,13 @@ def test_an_unknown_vllm_keeps_its_own_and_says_so(caplog, monkeypatch):
     wrapper = PunicaWrapperCPU(64, 64, torch.device("cpu"))
     manager = SimpleNamespace(punica_wrapper_mapping={"": wrapper})
 
-    def add_lora_linear(self, y, x, matrices):
+    def add_shrink(self, y, x, matrices):
         raise AssertionError
 
-    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_linear", add_lora_linear)
+    monkeypatch.setattr(PunicaWrapperCPU, "add_shrink", add_shrink)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             vllm_worker._replace("adapters are computed", "vllm_lora", manager)
     assert type(wrapper) is PunicaWrapperCPU
     (line,) = caplog.messages
-    assert "PunicaWrapperCPU.add_lora_linear takes other parameters" in line
+    assert "PunicaWrapperCPU.add_shrink takes other parameters" in line

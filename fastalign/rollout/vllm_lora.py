@@ -20,7 +20,8 @@ _Group = tuple[int, slice | torch.Tensor]
 
 
 class DenseLora(PunicaWrapperCPU):
-    """What vLLM's adapted layers call, with arithmetic of our own.
+    """What vLLM's adapted layers call, with arithmetic of our own: of linear layers the two halves,
+    which vLLM 0.24 calls one by one for fused layers, 0.32 in ``add_lora_linear`` for all.
 
     ``a`` [slots, 1, R, D_in] and ``b`` [slots, 1, D_out, R] hold the matrices of all adapters, with
     zeros beyond the rank of each; a fused layer has one pair for each of its parts.  Products and
@@ -44,25 +45,40 @@ class DenseLora(PunicaWrapperCPU):
         self._tokens = _groups(self.token_lora_indices)
         self._sampled = _groups(self.sampler_indices)
 
-    def add_lora_linear(
+    def add_shrink(
         self,
-        y: torch.Tensor,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
         x: torch.Tensor,
         lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
         scale: float,
-        output_slices: tuple[int, ...],
-        *,
-        buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``scale * x a^T b^T`` of x [N, D_in] to y [N, sum of output_slices]."""
+        """Write ``scale * x a^T`` of x [N, D_in] to y [N, R] of each part, float32; rows without an
+        adapter stay as they are."""
         for slot, rows in self._tokens:
-            inputs, outputs = x[rows].float(), y[rows]
-            first = 0
-            for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                reduced = inputs @ a[slot, 0].float().T
-                _add_product(outputs[:, first : first + size], reduced, b[slot, 0], scale)
+            inputs = x[rows].float()
+            for reduced, a in zip(y, lora_a_stacked, strict=True):
+                reduced[rows] = inputs @ a[slot, 0].float().T * scale
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``x b^T`` of x [N, R] of each part to its columns of y, which begin at
+        ``offset_start`` and are zeroed first without ``add_inputs``."""
+        if not add_inputs:
+            y[:, offset_start : offset_start + sum(output_slices)] = 0
+        for slot, rows in self._tokens:
+            outputs = y[rows]
+            first = offset_start
+            for reduced, b, size in zip(x, lora_b_stacked, output_slices, strict=True):
+                _add_product(outputs[:, first : first + size], reduced[rows], b[slot, 0], 1.0)
                 first += size
             _put(y, rows, outputs)
 
