@@ -864,3 +864,11 @@ def test_a_server_that_is_killed_is_a_line_and_leaves_nothing(engine):
         engine.next_logprobs(prompts(3), [1])
     engine.close()
     assert gone(group) and not folder.exists()
+
+
+def test_a_vllm_with_another_weight_transfer_is_named(monkeypatch):
+    """As 0.24, which has no nccl_common: the engine's end is a line, not a traceback."""
+    monkeypatch.setitem(sys.modules, "fastalign.rollout.vllm_nccl", None)
+    engine: Any = SimpleNamespace(_on_cpu=False, _failed=EngineError)
+    with pytest.raises(EngineError, match=r"is not the one known here: .*vllm_nccl.*a newer one"):
+        ServerEngine._make_sender(engine)

@@ -445,8 +445,12 @@ class ServerEngine(VllmAnswers):
             assert self._folder is not None
             self._post("/init_weight_transfer_engine", {"init_info": {}})
             return _FileSender(self._folder / "bucket.safetensors", self._post)
-        with process_state_kept():
-            from fastalign.rollout.vllm_nccl import NcclSender
+        try:
+            with process_state_kept():
+                from fastalign.rollout.vllm_nccl import NcclSender
+        except ImportError as error:
+            why = f"the nccl weight transfer of this vLLM is not the one known here: {error}"
+            raise self._failed(f"{why}: install a newer one") from error
         workers, limit = len(self._config.server.devices), self._config.timeout_s
         with self._transfer_errors():
             return NcclSender(self._post, _free_port(), workers, limit)
