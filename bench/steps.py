@@ -111,13 +111,8 @@ def alone(file: str, side: str, task: dict[str, Any]) -> Row:
         answer = Path(folder, "answer.json")
         task = {**task, "output_dir": str(Path(folder, "run"))}
         command = [sys.executable, file, "--side", side, json.dumps(task), str(answer)]
-        # Huge pages for all, as the command asks for them. Nothing is found that another run has
-        # computed.
-        environment = {
-            "THP_MEM_ALLOC_ENABLE": "1",
-            **os.environ,
-            "FASTALIGN_CACHE": str(Path(folder, "cache")),
-        }
+        # Nothing is found that another run has computed.
+        environment = {**os.environ, "FASTALIGN_CACHE": str(Path(folder, "cache"))}
         with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
             try:
                 _, status, usage = os.wait4(process.pid, 0)

@@ -64,9 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Torch reads it at its first allocation on a CPU: huge pages for whatever has 2 MiB and more,
-    # which leaves fewer gaps, a sixth of a CPU run's memory.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     parser = make_parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)

@@ -451,30 +451,3 @@ def test_options_of_torchrun_reach_it(tmp_path, monkeypatch):
     # One node finds its own port.
     assert main(["train", str(path), "nproc_per_node=2"]) == 0
     assert seen[1].standalone and seen[1].nproc_per_node == "2"
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here"
-)
-@pytest.mark.parametrize(("asked", "huge"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
-def test_tensors_have_huge_pages(asked, huge):
-    """Which torch decides at its first allocation: the command asks before it imports torch."""
-    if "[always]" in HUGE_PAGES.read_text() and not huge:
-        pytest.skip("all memory has huge pages here")
-    code = (
-        "import contextlib, sys\n"
-        "from fastalign.cli import main\n"
-        "with contextlib.suppress(SystemExit):\n"
-        "    main(['--version'])\n"
-        "assert 'torch' not in sys.modules\n"
-        "import torch\n"
-        "x = torch.ones(32 << 20)\n"
-        "print(open('/proc/self/smaps_rollup').read())\n"
-    )
-    told = shell(sys.executable, "-c", code, **asked).stdout
-    found = re.search(r"AnonHugePages: +(\d+) kB", told)
-    assert found, told
-    assert (int(found[1]) >= 16 << 10) is huge
