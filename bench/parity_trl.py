@@ -173,7 +173,8 @@ def run_fastalign(task: Task) -> Outcome:
     from fastalign.checkpoint import Position
     from fastalign.methods import make_method
     from fastalign.model import load_tokenizer
-    from fastalign.train import batches, load_data, make_renderers, plan_rounds, train
+    from fastalign.prepare import load_data, make_renderers, plan_rounds
+    from fastalign.train import batches, train
 
     config = recipe(task)
     method = make_method(config)

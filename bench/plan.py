@@ -41,14 +41,14 @@ GPU_COUNTS = (1, 8, 64, 512)
 
 def measure(config: Any, tokens: int) -> dict[str, int]:
     """Bytes of this rank, of a model that is trained for three steps on packs of ``tokens``."""
-    import fastalign.train as loop
+    from fastalign import startup
     from fastalign.logprobs import probe_batch
     from fastalign.model import build_model, init_distributed
 
     device = init_distributed(timeout_s=300.0)
     model = build_model(config, device=device, needs_reference=False)
     model.engine.eval()
-    assert loop._pack(config, model.policy, model.engine, device) is None
+    assert startup._pack(config, model.policy, model.engine, device) is None
     model.engine.train()
     batch = probe_batch(model.policy.causal_lm.config.vocab_size, (tokens,), device)
     for last in (False, False, True):

@@ -381,7 +381,7 @@ class Tokens:
     def __init__(self, config: Config) -> None:
         from fastalign.methods import make_method
         from fastalign.model import load_tokenizer
-        from fastalign.train import make_renderers
+        from fastalign.prepare import make_renderers
 
         self.config = config
         self.limited = make_method(config)

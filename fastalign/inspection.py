@@ -23,17 +23,10 @@ from fastalign.methods import make_method
 from fastalign.methods.cut import Cut
 from fastalign.model import load_policy, load_tokenizer, resolve_adapter, resolve_dtype
 from fastalign.page import embedded_json, read_template, to_json
+from fastalign.prepare import dropping, load_data, make_renderers, report_lines
+from fastalign.startup import check_forward, probe_words, share
 from fastalign.templates import Renderer
 from fastalign.timeline import Operations
-from fastalign.train import (
-    check_forward,
-    dropping,
-    load_data,
-    make_renderers,
-    probe_words,
-    report_lines,
-    share,
-)
 
 RECORDS, PAGE = "inspect.jsonl", "inspect.html"
 

@@ -27,8 +27,8 @@ from fastalign.footprint import Footprint, Parameter, weight_bytes
 from fastalign.methods import make_method
 from fastalign.model import resolve_adapter, resolve_zero_stage, zero_options
 from fastalign.rollout import check_ranks
+from fastalign.startup import wants_reference
 from fastalign.timeline import Operations
-from fastalign.train import wants_reference
 
 GIB = 1 << 30
 # GiB that the driver leaves of what the makers promise.

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 import fastalign.model
 import fastalign.train as loop
+from fastalign import startup
 from fastalign.checkpoint import CheckpointError
 from fastalign.config import Config, parse_config
 from fastalign.model import POLICY, TrainedModel, init_distributed
@@ -114,7 +115,7 @@ def _agreement(run: Any) -> dict[str, np.ndarray]:
     adapter = POLICY if run.model.uses_adapter else None
     prompts = [words[:n] for n in range(1, len(words))]
     run.model.engine.eval()
-    trainer = loop._trainer_next_logprobs(run.model, words, tokens)
+    trainer = startup._trainer_next_logprobs(run.model, words, tokens)
     run.model.engine.train()
     return {"trainer": trainer, "engine": run.engine.next_logprobs(prompts, tokens, adapter)}
 

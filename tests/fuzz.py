@@ -59,9 +59,10 @@ from fastalign.data_check import Settings, check_file
 from fastalign.endpoint import Endpoint
 from fastalign.methods import make_method
 from fastalign.model import adapter_config, init_distributed, trained_on_nf4
+from fastalign.prepare import check_prompts, make_examples, token_lines
 from fastalign.rollout import Rollout
 from fastalign.templates import Renderer
-from fastalign.train import check_prompts, make_examples, token_lines, train
+from fastalign.train import train
 
 ACCEPTED, SKIPPED, REFUSED = "accepted", "counted skip", "named error"
 LIMIT_S = 20.0

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import fastalign.train as loop
-from fastalign import checkpoint
+from fastalign import checkpoint, prepare, startup
 from fastalign.config import Config, parse_config
 from fastalign.data import Example, Record
 from fastalign.methods import make_method
@@ -114,9 +114,9 @@ def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[E
     device = init_distributed(timeout_s=300.0)
     method = make_method(config)
     tokenizer = load_tokenizer(config)
-    renderers = loop.make_renderers(config, tokenizer, config.judge)
-    records, _, _ = loop.load_data(config, method)
-    examples, _ = loop.make_examples(method, records, renderers, config)
+    renderers = prepare.make_renderers(config, tokenizer, config.judge)
+    records, _, _ = prepare.load_data(config, method)
+    examples, _ = prepare.make_examples(method, records, renderers, config)
     model = build_model(
         config, device=device, needs_reference=method.needs_reference and reference is None
     )
@@ -129,24 +129,24 @@ def start(config: Config, *, reference: Path | None = None) -> tuple[Run, list[E
     rank, world_size = dist.get_rank(), dist.get_world_size()
     tracker = Tracker(config, rank, 1)
     run = Run(config, method, tokenizer, model, None, renderers, tracker, rank, world_size)
-    loop.check_start(run, "of the test")
+    startup.check_start(run, "of the test")
     return run, examples
 
 
 def as_method(run: Run, config: Config) -> list[Example]:
     """Turn a started run over to another recipe on the same model; returns its examples."""
     run.config, run.method = config, make_method(config)
-    run.renderers = loop.make_renderers(config, run.tokenizer, config.judge)
-    records, _, _ = loop.load_data(config, run.method)
+    run.renderers = prepare.make_renderers(config, run.tokenizer, config.judge)
+    records, _, _ = prepare.load_data(config, run.method)
     if config.method in REFINING:
         return _refined(run, records)
-    return loop.make_examples(run.method, records, run.renderers, config)[0]
+    return prepare.make_examples(run.method, records, run.renderers, config)[0]
 
 
 def _refined(run: Run, records: list[Record]) -> list[Example]:
     """Examples in which the answers of other rows are the refinements."""
     (renderer,) = run.renderers
-    kept, _ = loop.check_prompts(records, run.renderers, run.config, run.method.rollout_prompt)
+    kept, _ = prepare.check_prompts(records, run.renderers, run.config, run.method.rollout_prompt)
     examples = []
     for index, (record, other) in enumerate(zip(kept, reversed(kept), strict=True)):
         assert other.completion is not None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support import recipe, rows, write_rows
 
-import fastalign.train as loop
+from fastalign import prepare
 from fastalign.cli import main
 from fastalign.config import ConfigError
 from fastalign.data_check import (
@@ -84,9 +84,9 @@ def test_lengths_and_truncations_are_those_of_training(kind, tiny_llama, tmp_pat
     def examples(max_length: int):
         limited = config.model_copy(update={"max_length": max_length})
         method = make_method(limited)
-        renderers = loop.make_renderers(limited, load_tokenizer(limited), None)
-        records, _, _ = loop.load_data(limited, method)
-        return loop.make_examples(method, records, renderers, limited)
+        renderers = prepare.make_renderers(limited, load_tokenizer(limited), None)
+        records, _, _ = prepare.load_data(limited, method)
+        return prepare.make_examples(method, records, renderers, limited)
 
     whole, _ = examples(10_000)
     kept, drops = examples(138)
@@ -205,10 +205,10 @@ def test_comparisons_are_counted_and_rendered_as_jsft_learns_them(tiny_llama, tm
     # Lengths of the longest judgment of each row, before any cut.
     config = recipe("jsft", tiny_llama, tmp_path, datasets=[{"path": path}])
     method = make_method(config)
-    renderers = loop.make_renderers(config, load_tokenizer(config), None)
-    records, _, _ = loop.load_data(config, method)
+    renderers = prepare.make_renderers(config, load_tokenizer(config), None)
+    records, _, _ = prepare.load_data(config, method)
     longest = {}
-    for example in loop.make_examples(method, records, renderers, config)[0]:
+    for example in prepare.make_examples(method, records, renderers, config)[0]:
         (stream,) = example.streams
         if stream.role == "judgment":
             targets = int(stream.loss_mask.sum())
@@ -229,7 +229,7 @@ def test_comparisons_are_counted_and_rendered_as_jsft_learns_them(tiny_llama, tm
     assert check_file(path, Settings()).lengths["rationales"]["max"] == 6
     # A limit that only the judgments pass drops their row, as training does.
     room = max(
-        len(e.streams[0]) for e in loop.make_examples(method, records[:1], renderers, config)[0]
+        len(e.streams[0]) for e in prepare.make_examples(method, records[:1], renderers, config)[0]
     )
     limited = check_file(path, Settings(str(tiny_llama), max_length=room))
     assert limited.usable == 1 and limited.comparisons is None

@@ -25,8 +25,7 @@ from support import (
 from test_judge import USER, episode
 from transformers import AutoModelForCausalLM
 
-import fastalign.train as loop
-from fastalign import cli
+from fastalign import cli, prepare
 from fastalign.batch import make_batch
 from fastalign.config import (
     Config,
@@ -39,6 +38,8 @@ from fastalign.config import (
 from fastalign.data import Example
 from fastalign.judge import Pair, compare, judge_written, make_rule_judge
 from fastalign.methods import complete, make_method
+from fastalign.model import load_tokenizer
+from fastalign.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
 
@@ -324,14 +325,14 @@ def broken(function: str, body: str) -> str:
 def test_what_its_functions_do_wrong_is_one_line(tiny_llama, tmp_path, body, message):
     config = own(tmp_path, body, tiny_llama)
 
-    def prepare() -> None:
+    def read() -> None:
         method = make_method(config)
-        renderers = loop.make_renderers(config, loop.load_tokenizer(config), None)
-        records, _, _ = loop.load_data(config, method)
-        examples, _ = loop.make_examples(method, records, renderers, config)
+        renderers = prepare.make_renderers(config, load_tokenizer(config), None)
+        records, _, _ = prepare.load_data(config, method)
+        examples, _ = prepare.make_examples(method, records, renderers, config)
         method.denominator(method.select(examples, 0))
 
-    line = refused(prepare)
+    line = refused(read)
     file = tmp_path / "own.py"
     assert line == f"method = '{file}:Own': {message.format(file=file)}"
 
@@ -350,9 +351,9 @@ def losing(body: str) -> str:
 def examples(tiny_llama, tmp_path) -> list[Example]:
     config = recipe("dpo", tiny_llama, tmp_path)
     method = make_method(config)
-    renderers = loop.make_renderers(config, loop.load_tokenizer(config), None)
-    records, _, _ = loop.load_data(config, method)
-    return loop.make_examples(method, records, renderers, config)[0]
+    renderers = prepare.make_renderers(config, load_tokenizer(config), None)
+    records, _, _ = prepare.load_data(config, method)
+    return prepare.make_examples(method, records, renderers, config)[0]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +438,7 @@ def test_simpo_learns_from_its_own_samples_and_a_judge_of_one_s_own(sharp_llama,
         "def longer(prompt, a, b):\n    return len(a) - len(b)\n"
     )
     config = load_config(path)
-    metrics = loop.train(config)
+    metrics = train(config)
     assert math.isfinite(metrics["loss"]) and metrics["rewards/margins"] != 0
     facts = json.loads((tmp_path / "a" / "out" / "run.json").read_text())
     assert len(facts["judge_hash"]) == len(facts["method_hash"]) == 64

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 import fastalign.train as loop
+from fastalign import prepare
 from fastalign.batch import make_batch
 from fastalign.config import ConfigError, parse_config
 from fastalign.data import Comparison, Example, Record, RowError, Sampled
@@ -483,7 +484,7 @@ def test_jsft_keeps_the_demonstration_of_a_pair_that_is_too_long_to_judge(render
     record = Record("preference", prompt=USER, chosen="is one", rejected="is two", source="f:1")
     with pytest.raises(Dropped, match="judgment does not fit"):
         jsft.from_record(record, renderer)
-    examples, drops = loop.make_examples(jsft, [record], [renderer], jsft.config)
+    examples, drops = prepare.make_examples(jsft, [record], [renderer], jsft.config)
     assert [s.role for e in examples for s in e.streams] == ["demonstration"]
     assert drops.counts == {"judgment does not fit in max_length": 1}
 

@@ -20,7 +20,7 @@ from support import distance, outside_environment, recipe, rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign.train as loop
-from fastalign import checkpoint
+from fastalign import checkpoint, prepare
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config, parse_config
 from fastalign.endpoint import JudgeError
@@ -722,10 +722,10 @@ def test_the_log_holds_all_of_a_round(rule, sharp_llama, tmp_path):
 
 def examples_of(config: Config) -> tuple[list[Any], list[str]]:
     method = make_method(config)
-    renderers = loop.make_renderers(config, load_tokenizer(config), None)
-    records, _, _ = loop.load_data(config, method)
-    lines = loop.token_lines(records, renderers)
-    return loop.make_examples(method, records, renderers, config)[0], lines
+    renderers = prepare.make_renderers(config, load_tokenizer(config), None)
+    records, _, _ = prepare.load_data(config, method)
+    lines = prepare.token_lines(records, renderers)
+    return prepare.make_examples(method, records, renderers, config)[0], lines
 
 
 def ids_of(examples: list[Any]) -> list[list[list[int]]]:

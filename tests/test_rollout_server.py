@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastalign.train as loop
-from fastalign import checkpoint
+from fastalign import checkpoint, startup
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
 from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine, vllm_server
@@ -262,7 +262,7 @@ SELF = {"type": "self", "tie_threshold": 0.0, "min_decision_mass": 0.0}
 @pytest.fixture
 def shared(engine, monkeypatch) -> ServerEngine:
     """Runs that take the one server, and leave it."""
-    monkeypatch.setattr(loop, "make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr(startup, "make_engine", lambda *_, **__: engine)
     monkeypatch.setattr(ServerEngine, "close", lambda self: None)
     # Those of other tests.
     for adapter in engine._adapters.values():

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import fastalign.model
 import fastalign.train as loop
-from fastalign import checkpoint, offloading
+from fastalign import checkpoint, offloading, prepare, startup
 from fastalign.batch import make_batch
 from fastalign.config import (
     Config,
@@ -37,13 +37,14 @@ from fastalign.config import (
 from fastalign.data import Example, Stream
 from fastalign.logprobs import probe_batch
 from fastalign.methods import make_method
-from fastalign.model import POLICY, REFERENCE, choose_dtype
+from fastalign.model import POLICY, REFERENCE, choose_dtype, resolve_adapter
 from fastalign.online import ReferenceScorer, push_weights
+from fastalign.prepare import lr_factor
 from fastalign.rollout import EngineError
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.sync import fingerprint
 from fastalign.run import Run
-from fastalign.train import lr_factor, train
+from fastalign.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
 
@@ -302,7 +303,7 @@ def test_golden_trajectories(sharp_llama, tmp_path, rule, name):
 
 def test_an_engine_has_room_for_the_longest_principle(tiny_llama, tmp_path):
     config = recipe("dpo", tiny_llama, tmp_path)
-    renderers = loop.make_renderers(config, AutoTokenizer.from_pretrained(tiny_llama), None)
+    renderers = prepare.make_renderers(config, AutoTokenizer.from_pretrained(tiny_llama), None)
     who = JudgeConfig(type="self", principles=("wit", "honesty"))
     # One token each, as many as a prompt and two answers may have.
     asked = "x" * (
@@ -310,9 +311,9 @@ def test_an_engine_has_room_for_the_longest_principle(tiny_llama, tmp_path):
     )
     a, b = (letter * config.max_completion_length for letter in "yz")
     longest = renderers[0].judge_prompt_ids([{"role": "user", "content": asked}], a, b, "honesty")
-    room = loop._judging_room(config, who, "pairwise", renderers)
+    room = startup._judging_room(config, who, "pairwise", renderers)
     assert len(longest) <= config.max_length + config.max_completion_length + room
-    overall = loop._judging_room(config, JudgeConfig(type="self"), "pairwise", renderers)
+    overall = startup._judging_room(config, JudgeConfig(type="self"), "pairwise", renderers)
     assert len(longest) > config.max_length + config.max_completion_length + overall
 
 
@@ -361,7 +362,7 @@ def test_jsft_learns_to_judge_from_ultrafeedback(sharp_llama, tmp_path):
     # It says A or B where it is asked, surely enough for SELF-JUDGE to begin.
     model = AutoModelForCausalLM.from_pretrained(config.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
-    (renderer,) = loop.make_renderers(config, tokenizer, None)
+    (renderer,) = prepare.make_renderers(config, tokenizer, None)
     tokens = list(renderer.decision_ids())
     mass = []
     for principle in ("helpfulness", "instruction following"):
@@ -373,12 +374,12 @@ def test_jsft_learns_to_judge_from_ultrafeedback(sharp_llama, tmp_path):
             mass.append(float(p[tokens].sum()))
     assert np.mean(mass) > 0.5
     # The other methods take the same pairs and the same demonstrations.
-    (chosen,) = {r.chosen for r in loop.load_data(config, make_method(config))[0]}
+    (chosen,) = {r.chosen for r in prepare.load_data(config, make_method(config))[0]}
     for name in ("dpo", "sft"):
         other = config.model_copy(update={"method": name})
-        records, _, _ = loop.load_data(other, make_method(other))
+        records, _, _ = prepare.load_data(other, make_method(other))
         assert {r.chosen or r.completion for r in records} == {chosen} == {"is one"}
-        examples, drops = loop.make_examples(make_method(other), records, [renderer], other)
+        examples, drops = prepare.make_examples(make_method(other), records, [renderer], other)
         assert len(examples) == 6 and not drops.total
 
 
@@ -1263,10 +1264,10 @@ def test_eval_data_is_rendered_by_its_own_template(tiny_llama, tmp_path, monkeyp
         r.prompt_ids([{"role": "user", "content": "why"}]) for r in seen["renderers"]
     )
     assert chat.tolist() == first.tolist() != second.tolist()
-    method = loop.make_method(config)
-    _, held_out, _ = loop.load_data(config, method)
+    method = make_method(config)
+    _, held_out, _ = prepare.load_data(config, method)
     assert [record.dataset for record in held_out] == [1] * 3 + [2] * 3
-    examples, _ = loop.make_examples(method, held_out, seen["renderers"], config)
+    examples, _ = prepare.make_examples(method, held_out, seen["renderers"], config)
     for index, (record, example) in enumerate(zip(held_out, examples, strict=True)):
         own = seen["renderers"][0 if index < 3 else 2].prompt_ids(record.prompt).tolist()
         assert example.streams[0].input_ids[: len(own)].tolist() == own
@@ -1339,7 +1340,7 @@ def test_another_layout_of_processes_is_refused(stopped):
 
 def test_an_adapter_says_what_lora_keys_are(sharp_llama, tmp_path, adapter):
     base = {"use_peft": True, "adapter_name_or_path": str(adapter)}
-    held = loop.resolve_adapter(recipe("dpo", sharp_llama, tmp_path, **base))
+    held = resolve_adapter(recipe("dpo", sharp_llama, tmp_path, **base))
     asked = json.loads((adapter / "adapter_config.json").read_text())
     assert (held.lora_r, held.lora_alpha) == (asked["r"], asked["lora_alpha"])
     other = recipe("dpo", sharp_llama, tmp_path, lora_r=asked["r"] + 1, **base)
@@ -1504,19 +1505,19 @@ def test_the_canary_is_louder_where_rounding_is(sharp_llama, tmp_path, lora):
     run, _ = start(recipe("sft", sharp_llama, tmp_path, **(LORA if lora else {})))
     words = np.arange(3, 12, dtype=np.int32)
     tokens = sorted(set(words.tolist()))
-    before = loop._trainer_next_logprobs(run.model, words, tokens)
+    before = startup._trainer_next_logprobs(run.model, words, tokens)
 
     def change(strength: int) -> float:
         with run.model.disturbed(strength):
-            return np.abs(loop._trainer_next_logprobs(run.model, words, tokens) - before).mean()
+            return np.abs(startup._trainer_next_logprobs(run.model, words, tokens) - before).mean()
 
-    moved = [change(strength) for strength in range(loop.CANARY_STRENGTHS)]
-    for strength in range(loop.CANARY_STRENGTHS - 1):
+    moved = [change(strength) for strength in range(startup.CANARY_STRENGTHS)]
+    for strength in range(startup.CANARY_STRENGTHS - 1):
         below = max(moved[:strength], default=0.0)
         if below < moved[strength]:
             asked = (below + moved[strength]) / 2
-            assert loop._visible_strength(run.model, words, tokens, asked) == strength
-    assert loop._visible_strength(run.model, words, tokens, 1e9) == loop.CANARY_STRENGTHS - 1
+            assert startup._visible_strength(run.model, words, tokens, asked) == strength
+    assert startup._visible_strength(run.model, words, tokens, 1e9) == startup.CANARY_STRENGTHS - 1
 
 
 def test_dropout_that_a_shared_prefix_makes_the_same_is_named(sharp_llama, tmp_path, capfd):
