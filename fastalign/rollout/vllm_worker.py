@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -112,7 +113,8 @@ class WorkerExtension:
                     yield name, tensor
 
         try:
-            self.reload_weights(weights_iterator=arriving())
+            with without_adapters(self.get_model()):
+                self.reload_weights(weights_iterator=arriving())
         except Exception as error:
             if failures:
                 raise failures[0] from None
@@ -197,6 +199,28 @@ class WorkerExtension:
             module = manager.modules.get(module_name)
             if module is not None:
                 yield name, module, is_a, index, parts
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model's own layers where vLLM has put those that add an adapter to them.
+
+    The models' loaders look parameters up by name, and those of vLLM 0.24 do not know the names
+    that layers with adapters have.
+    """
+    wrapped = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent._modules.items()
+        if module is not None and "base_layer" in module._modules
+    ]
+    for parent, name, module in wrapped:
+        setattr(parent, name, module.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, module in wrapped:
+            setattr(parent, name, module)
 
 
 def _replace(what: str, module: str, target: Any) -> None:
