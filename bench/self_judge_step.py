@@ -262,18 +262,20 @@ def alone_steps(task: dict[str, Any]) -> Row:
     import peft
 
     from fastalign.config import RolloutConfig
-    from fastalign.rollout import SamplingSettings
+    from fastalign.rollout import SamplingSettings, ServedModel
     from fastalign.rollout.hf import HfEngine
 
     torch.manual_seed(0)
     words = make_renderer(task)
     model = steps.plain_model(task, RANK, "all-linear")
     engine = HfEngine(
-        task["model"],
+        ServedModel(
+            task["model"],
+            dtype=getattr(torch, task["dtype"]),
+            max_model_len=LONGEST_PROMPT + task["new"],
+            device=DEVICE,
+        ),
         RolloutConfig(engine="hf"),
-        dtype=getattr(torch, task["dtype"]),
-        max_model_len=LONGEST_PROMPT + task["new"],
-        device=DEVICE,
     )
     adapter = {**model.peft_config["default"].to_dict(), "inference_mode": True}
     engine.load_adapter("policy", peft.get_peft_model_state_dict(model), adapter, 1)

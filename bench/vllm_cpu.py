@@ -48,7 +48,7 @@ def sample(task: dict[str, Any]) -> Row:
     from vllm.v1.sample.sampler import Sampler
 
     from fastalign.config import RolloutConfig
-    from fastalign.rollout import SamplingSettings
+    from fastalign.rollout import SamplingSettings, ServedModel
     from fastalign.rollout.vllm import VllmEngine
     from fastalign.rollout.vllm_lora import DenseLora
     from fastalign.rollout.vllm_sampler import CpuSampler
@@ -57,11 +57,13 @@ def sample(task: dict[str, Any]) -> Row:
     words = step.make_renderer(task)
     trained = steps.plain_model(task, step.RANK, "all-linear")
     engine = VllmEngine(
-        task["model"],
+        ServedModel(
+            task["model"],
+            dtype=getattr(torch, task["dtype"]),
+            max_model_len=step.LONGEST_PROMPT + task["new"],
+            lora_rank=step.RANK,
+        ),
         RolloutConfig(engine="vllm"),
-        dtype=getattr(torch, task["dtype"]),
-        max_model_len=step.LONGEST_PROMPT + task["new"],
-        lora_rank=step.RANK,
     )
     adapter = {**trained.peft_config["default"].to_dict(), "inference_mode": True}
     engine.load_adapter("policy", peft.get_peft_model_state_dict(trained), adapter, 1)

@@ -24,7 +24,7 @@ from fastalign.model import (
     with_adapters_base,
 )
 from fastalign.printing import reason
-from fastalign.rollout import EngineError, RolloutEngine, make_engine
+from fastalign.rollout import EngineError, RolloutEngine, ServedModel, make_engine
 from fastalign.templates import Renderer
 
 
@@ -86,16 +86,18 @@ def open_model(
     context = min(max_model_len or 2**31, context_length(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = make_engine(
+        ServedModel(
+            config.model_name_or_path,
+            dtype=resolve_dtype(config, device),
+            max_model_len=context,
+            device=device,
+            lora_rank=held.r if held is not None else None,
+            seed=seed,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            load_in_4bit=config.load_in_4bit,
+        ),
         rollout,
-        config.model_name_or_path,
-        dtype=resolve_dtype(config, device),
-        max_model_len=context,
-        device=device,
-        lora_rank=held.r if held is not None else None,
-        seed=seed,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        load_in_4bit=config.load_in_4bit,
     )
     try:
         if held is not None:

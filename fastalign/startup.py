@@ -49,6 +49,7 @@ from fastalign.online import push_weights, wake
 from fastalign.rollout import (
     EngineError,
     RolloutEngine,
+    ServedModel,
     choose_engine,
     choose_judge_engine,
     make_engine,
@@ -150,18 +151,20 @@ def start_engine(
     ]
     length = config.max_length + config.max_completion_length + max(rooms, default=0)
     return make_engine(
+        ServedModel(
+            config.model_name_or_path,
+            revision=config.model_revision,
+            dtype=resolve_dtype(config, device),
+            device=device,
+            max_model_len=min(length, context_length(config)),
+            tokenizer=renderers[0].tokenizer if config.stop else None,
+            lora_rank=config.lora_r if config.use_peft else None,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            load_in_4bit=config.load_in_4bit,
+        ),
         config.rollout,
-        model_path=config.model_name_or_path,
-        revision=config.model_revision,
-        dtype=resolve_dtype(config, device),
-        device=device,
-        max_model_len=min(length, context_length(config)),
-        tokenizer=renderers[0].tokenizer if config.stop else None,
-        lora_rank=config.lora_r if config.use_peft else None,
-        seed=config.seed,
         world_size=dist.get_world_size(),
-        trust_remote_code=config.trust_remote_code,
-        load_in_4bit=config.load_in_4bit,
     )
 
 
@@ -218,15 +221,17 @@ def start_judge_models(
         length += _judging_room(config, who, kind, [renderers[key]])
         settings, why = choose_judge_engine(config.rollout, device)
         engine = make_engine(
+            ServedModel(
+                theirs.model_name_or_path,
+                dtype=resolve_dtype(config, device),
+                device=device,
+                # Another tokenizer may need more tokens for the same text.
+                max_model_len=min(2 * length, context_length(theirs)),
+                seed=config.seed,
+                trust_remote_code=config.trust_remote_code,
+            ),
             settings,
-            model_path=theirs.model_name_or_path,
-            dtype=resolve_dtype(config, device),
-            device=device,
-            # Another tokenizer may need more tokens for the same text.
-            max_model_len=min(2 * length, context_length(theirs)),
-            seed=config.seed,
             world_size=dist.get_world_size(),
-            trust_remote_code=config.trust_remote_code,
         )
         engine.sleep()
         made[key] = JudgeModel(engine, renderers[key])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.model import init_distributed
-from fastalign.rollout import EngineError, SamplingSettings, make_engine, vllm_worker
+from fastalign.rollout import EngineError, SamplingSettings, ServedModel, make_engine, vllm_worker
 
 CONFIG = RolloutConfig(engine="vllm", max_num_seqs=16, kv_cache_gib=0.05, tensor_parallel_size=2)
 SETTINGS = SamplingSettings(8)
@@ -110,7 +110,9 @@ def main(folder: Path) -> None:
     keys: dict[str, Any] = {"dtype": torch.float32, "max_model_len": 128, "seed": 1}
 
     def make(config: RolloutConfig = CONFIG) -> Any:
-        return make_engine(config, folder / "start", world_size=dist.get_world_size(), **keys)
+        return make_engine(
+            ServedModel(folder / "start", **keys), config, world_size=dist.get_world_size()
+        )
 
     facts: dict[str, Any] = {}
     first = rank // 2 * 2

@@ -26,7 +26,7 @@ from support import outside_environment, recipe
 from fastalign import checkpoint
 from fastalign.cli import main
 from fastalign.config import Config, RolloutConfig, dump_config
-from fastalign.rollout import EngineFault, Rollout, SamplingSettings, make_engine
+from fastalign.rollout import EngineFault, Rollout, SamplingSettings, ServedModel, make_engine
 from fastalign.rollout.engine import nonsense, nonsense_scores
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.watchdog import Watchdog
@@ -79,7 +79,7 @@ def test_what_a_model_samples_is_none():
 
 def test_an_engine_whose_weights_broke_says_so(tiny_llama):
     engine = make_engine(
-        RolloutConfig(engine="hf"), tiny_llama, dtype=torch.float32, max_model_len=64
+        ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), RolloutConfig(engine="hf")
     )
     assert isinstance(engine, HfEngine)
     prompt = np.arange(3, 9, dtype=np.int32)

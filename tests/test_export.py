@@ -18,6 +18,7 @@ from test_cli import one_line
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.cli import main
+from fastalign.rollout import ServedModel
 from fastalign.train import train
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
@@ -327,7 +328,9 @@ def test_vllm_takes_results_as_they_are(runs, sharp_llama, tmp_path, engines):
     assert main(["export", str(runs["lora"]), str(tmp_path / "out")]) == 0
     for folder in (runs["full"], tmp_path / "out"):
         engines.append(
-            VllmEngine(folder, settings, dtype=torch.float32, max_model_len=64, lora_rank=4)
+            VllmEngine(
+                ServedModel(folder, dtype=torch.float32, max_model_len=64, lora_rank=4), settings
+            )
         )
         found = engines[-1].next_logprobs(prompts, [5, 6])
         np.testing.assert_allclose(found, expected(read(folder)), atol=1e-3)

@@ -32,7 +32,7 @@ from fastalign.judge import (
 from fastalign.model import load_tokenizer
 from fastalign.online import check_decision_mass
 from fastalign.plugins import load_object
-from fastalign.rollout import Rollout
+from fastalign.rollout import Rollout, ServedModel
 from fastalign.rollout.hf import HfEngine
 from fastalign.templates import Renderer
 from fastalign.train import train
@@ -147,7 +147,9 @@ def renderer(sharp_llama: Path, tmp_path: Path) -> Renderer:
 
 @pytest.mark.parametrize("principles", [(), ("honesty", "brevity", "wit")])
 def test_self_judge_reads_both_orders_from_raw_logits(sharp_llama, renderer, principles):
-    engine = HfEngine(sharp_llama, RolloutConfig(), dtype=torch.float32, max_model_len=512)
+    engine = HfEngine(
+        ServedModel(sharp_llama, dtype=torch.float32, max_model_len=512), RolloutConfig()
+    )
     config = JudgeConfig(type="self", principles=principles, tie_threshold=0.0)
     who = make_judge(config, "pairwise", renderer, JudgeModel(engine))
     pairs = [Pair(USER, "is one", "two"), Pair(USER, "Paris", "is seven in one")]

@@ -35,6 +35,7 @@ from fastalign.judge_quality import (
     turned,
 )
 from fastalign.model import load_tokenizer
+from fastalign.rollout import ServedModel
 from fastalign.rollout.hf import HfEngine
 from fastalign.templates import Renderer
 
@@ -397,7 +398,9 @@ def test_of_no_pairs_there_is_nothing_but_the_count():
 
 def test_a_models_quality_is_what_its_raw_logits_say(sharp_llama, tmp_path):
     renderer = Renderer(load_tokenizer(recipe("dpo", sharp_llama, tmp_path)))
-    engine = HfEngine(sharp_llama, RolloutConfig(), dtype=torch.float32, max_model_len=512)
+    engine = HfEngine(
+        ServedModel(sharp_llama, dtype=torch.float32, max_model_len=512), RolloutConfig()
+    )
     config = JudgeConfig(type="self", principles=("wit", "truth"), tie_threshold=0.0)
     pairs = [Pair(USER, f"is one {i}", f"two {i} in") for i in range(9)]
     who = make_judge(config, "pairwise", renderer, JudgeModel(engine))

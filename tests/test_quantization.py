@@ -33,7 +33,7 @@ from fastalign.local import open_model
 from fastalign.model import POLICY, resolve_adapter, resolve_zero_stage
 from fastalign.online import wake
 from fastalign.plan import Planner, find_gpu
-from fastalign.rollout import EngineError, choose_engine, hf
+from fastalign.rollout import EngineError, ServedModel, choose_engine, hf
 from fastalign.rollout.hf import HfEngine
 from fastalign.run import Run
 from fastalign.train import train
@@ -527,10 +527,8 @@ def test_vllm_holds_the_same_base(sharp_llama, tmp_path, rule, monkeypatch):
         wake(run)
         prompts = [np.arange(3, n, dtype=np.int32) for n in (5, 9, 40, 80)]
         for in_4bit in (True, False):
-            ours = HfEngine(
-                sharp_llama, RolloutConfig(), dtype=torch.bfloat16, max_model_len=128,
-                load_in_4bit=in_4bit,
-            )  # fmt: skip
+            held = ServedModel(sharp_llama, torch.bfloat16, max_model_len=128, load_in_4bit=in_4bit)
+            ours = HfEngine(held, RolloutConfig())
             model = run.model
             ours.load_adapter(POLICY, model.adapter_tensors(), model.adapter_config(), 1)
             gaps[in_4bit] = [

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import fastalign.rollout as rollout
 from fastalign.config import ConfigError, RolloutConfig
-from fastalign.rollout import EngineError, Rollout, SamplingSettings, choose_engine, hf, make_engine
+from fastalign.rollout import (
+    EngineError,
+    Rollout,
+    SamplingSettings,
+    ServedModel,
+    choose_engine,
+    hf,
+    make_engine,
+)
 from fastalign.rollout.hf import HfEngine
 from fastalign.rollout.sync import canary
 
@@ -35,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _engine(path: Path) -> HfEngine:
-    return HfEngine(path, CONFIG, dtype=torch.float32, max_model_len=256)
+    return HfEngine(ServedModel(path, dtype=torch.float32, max_model_len=256), CONFIG)
 
 
 @pytest.fixture
@@ -230,7 +238,7 @@ def test_min_p_and_top_k_bound_what_is_drawn(engine, model):
 
 
 def test_bf16_logits_are_drawn_from_as_they_are(sharp_llama, monkeypatch):
-    engine = HfEngine(sharp_llama, CONFIG, dtype=torch.bfloat16, max_model_len=64)
+    engine = HfEngine(ServedModel(sharp_llama, dtype=torch.bfloat16, max_model_len=64), CONFIG)
     prompts = _prompts(320, lengths=(4, 9))
     kept = []
     forward = engine._forward
@@ -247,7 +255,7 @@ def test_bf16_logits_are_drawn_from_as_they_are(sharp_llama, monkeypatch):
 
 
 def test_half_precision_logits_are_drawn_from(sharp_llama):
-    engine = HfEngine(sharp_llama, CONFIG, dtype=torch.float16, max_model_len=64)
+    engine = HfEngine(ServedModel(sharp_llama, dtype=torch.float16, max_model_len=64), CONFIG)
     (sample,) = engine.generate(_prompts(320, lengths=(4,)), SamplingSettings(6), seeds=[1])
     assert sample.token_ids.size == 6 and (sample.logprobs < 0).all()
     engine.close()
@@ -273,7 +281,7 @@ def test_gaps_close_with_few_moves():
 def test_stop_strings_end_a_completion_with_the_token_that_completes_them(tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     engine = HfEngine(
-        tiny_llama, CONFIG, dtype=torch.float32, max_model_len=256, tokenizer=tokenizer
+        ServedModel(tiny_llama, dtype=torch.float32, max_model_len=256, tokenizer=tokenizer), CONFIG
     )
     prompts = _prompts(320)
     free = engine.generate(prompts, SamplingSettings(60), seeds=range(9))
@@ -407,7 +415,7 @@ def test_tied_weights_are_sent_once(tiny_llama, tmp_path):
 
 
 def test_weights_of_another_dtype_are_rounded_to_the_engines(tiny_llama, model):
-    engine = HfEngine(tiny_llama, CONFIG, dtype=torch.bfloat16, max_model_len=64)
+    engine = HfEngine(ServedModel(tiny_llama, dtype=torch.bfloat16, max_model_len=64), CONFIG)
     _moved(model)
     weights = _weights(model)
     engine.load_weights(weights.items(), frozenset(weights), version=1)
@@ -653,7 +661,8 @@ def test_without_vllm_the_embedded_engine_is_taken(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(rollout.importlib.util, "find_spec", without_vllm)
     engine = make_engine(
-        RolloutConfig(dtype="bfloat16"), tiny_llama, dtype=torch.float32, max_model_len=64
+        ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64),
+        RolloutConfig(dtype="bfloat16"),
     )
     assert engine.name == "hf"
     assert choose_engine(RolloutConfig()) == ("hf", "vLLM is not installed")
@@ -661,11 +670,18 @@ def test_without_vllm_the_embedded_engine_is_taken(tiny_llama, monkeypatch):
     assert {p.dtype for p in engine._parameters.values()} == {torch.bfloat16}
     engine.close()
     with pytest.raises(ConfigError, match=r"rollout.engine is 'vllm'.*pip install 'fastalign\[vll"):
-        make_engine(RolloutConfig(engine="vllm"), tiny_llama, dtype=torch.float32, max_model_len=64)
+        make_engine(
+            ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64),
+            RolloutConfig(engine="vllm"),
+        )
     shared = RolloutConfig(tensor_parallel_size=2)
     with pytest.raises(
         ConfigError, match=r"^rollout\.tensor_parallel_size is 2, but vLLM is not in"
     ):
-        make_engine(shared, tiny_llama, dtype=torch.float32, max_model_len=64, world_size=2)
+        make_engine(
+            ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), shared, world_size=2
+        )
     with pytest.raises(ConfigError, match=r"is 2, which does not divide the 3 process\(es\)"):
-        make_engine(shared, tiny_llama, dtype=torch.float32, max_model_len=64, world_size=3)
+        make_engine(
+            ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), shared, world_size=3
+        )

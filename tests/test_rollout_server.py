@@ -34,7 +34,14 @@ import fastalign.train as loop
 from fastalign import checkpoint, startup
 from fastalign.cli import main
 from fastalign.config import Config, ConfigError, RolloutConfig, dump_config
-from fastalign.rollout import EngineError, EngineFault, SamplingSettings, make_engine, vllm_server
+from fastalign.rollout import (
+    EngineError,
+    EngineFault,
+    SamplingSettings,
+    ServedModel,
+    make_engine,
+    vllm_server,
+)
 from fastalign.rollout.server import CALL, ServerEngine, end_group, last_words
 from fastalign.train import train
 
@@ -53,12 +60,14 @@ def engine(sharp_llama) -> Iterator[ServerEngine]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = make_engine(
+        ServedModel(
+            sharp_llama,
+            dtype=torch.float32,
+            max_model_len=600,
+            lora_rank=RANK,
+            tokenizer=AutoTokenizer.from_pretrained(sharp_llama),
+        ),
         CONFIG,
-        sharp_llama,
-        dtype=torch.float32,
-        max_model_len=600,
-        lora_rank=RANK,
-        tokenizer=AutoTokenizer.from_pretrained(sharp_llama),
     )
     assert isinstance(made, ServerEngine)
     torch.set_num_threads(threads)
@@ -486,7 +495,7 @@ def test_only_a_server_samples_ahead(sharp_llama, tmp_path):
 def test_a_server_s_gpus_have_to_be_there(sharp_llama):
     config = RolloutConfig(**ROLLOUT, server={"devices": [1]})
     with pytest.raises(ConfigError, match=r"rollout\.server\.devices is \[1\]: there is no GPU"):
-        make_engine(config, sharp_llama, dtype=torch.float32, max_model_len=64)
+        make_engine(ServedModel(sharp_llama, dtype=torch.float32, max_model_len=64), config)
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -518,7 +527,7 @@ def test_a_port_that_is_taken_is_a_line(sharp_llama):
         taken.listen()
         config = RolloutConfig(**ROLLOUT, server={"port": taken.getsockname()[1]})
         with pytest.raises(EngineError, match=r"did not start: .*Address already in use") as caught:
-            make_engine(config, sharp_llama, dtype=torch.float32, max_model_len=64)
+            make_engine(ServedModel(sharp_llama, dtype=torch.float32, max_model_len=64), config)
     assert "\n" not in str(caught.value)
 
 

@@ -31,6 +31,7 @@ from fastalign.rollout import (
     EngineFault,
     Rollout,
     SamplingSettings,
+    ServedModel,
     adapters,
     make_engine,
 )
@@ -59,7 +60,7 @@ def _one_thread() -> Iterator[None]:
 def engine(tiny_llama, _one_thread) -> Iterator[VllmEngine]:
     """The random two-layer Llama in fp32, with adapters."""
     made = VllmEngine(
-        tiny_llama, CONFIG, dtype=torch.float32, max_model_len=256, lora_rank=4, max_adapters=2
+        ServedModel(tiny_llama, dtype=torch.float32, max_model_len=256, lora_rank=4), CONFIG
     )
     yield made
     made.close()
@@ -76,7 +77,7 @@ def tied(
         torch.manual_seed(0)
         model = LlamaForCausalLM(settings).eval()
     model.save_pretrained(folder)
-    made = make_engine(CONFIG, folder, dtype=torch.float32, max_model_len=256)
+    made = make_engine(ServedModel(folder, dtype=torch.float32, max_model_len=256), CONFIG)
     assert isinstance(made, VllmEngine)
     yield made, model
     made.close()
@@ -201,7 +202,7 @@ def test_both_engines_draw_the_same(engine, tiny_llama, model, keys):
     settings = SamplingSettings(30, **keys)
     seeds = [2**63 + 5, *range(1, len(prompts))]
     found = engine.generate(prompts, settings, seeds)
-    embedded = HfEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=256)
+    embedded = HfEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=256), CONFIG)
     expected = embedded.generate(prompts, settings, seeds)
     embedded.close()
     for ours, theirs in zip(found, expected, strict=True):
@@ -254,8 +255,8 @@ def test_stop_strings_end_a_completion_as_in_the_embedded_engine(smollm):
     """With the token that completes one of them, which is kept."""
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     options = {"dtype": torch.float32, "max_model_len": 128, "tokenizer": tokenizer}
-    engine = VllmEngine(smollm, CONFIG, **options)
-    embedded = HfEngine(smollm, RolloutConfig(engine="hf"), **options)
+    engine = VllmEngine(ServedModel(smollm, **options), CONFIG)
+    embedded = HfEngine(ServedModel(smollm, **options), RolloutConfig(engine="hf"))
     texts = ("The capital of France is", "Once upon a time", "1, 2, 3,")
     prompts = [np.array(tokenizer.encode(text), dtype=np.int32) for text in texts]
     # Inside a token, across tokens, of several bytes, and one that never comes.
@@ -517,7 +518,7 @@ def test_a_bad_transfer_is_refused_until_a_whole_one(tied, change, message):
 
 
 def test_a_tensor_of_another_shape_ends_the_engine(tiny_llama, start):
-    engine = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    engine = VllmEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG)
     consumed = []
 
     def tensors():
@@ -534,7 +535,7 @@ def test_a_tensor_of_another_shape_ends_the_engine(tiny_llama, start):
 
 
 def test_a_senders_failure_ends_the_engine(tiny_llama, start):
-    engine = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    engine = VllmEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG)
 
     def tensors():
         yield from list(start.items())[:3]
@@ -629,7 +630,7 @@ def test_bf16_on_smollm(smollm):
     torch_state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     config = RolloutConfig(engine="vllm", kv_cache_gib=0.1)
-    engine = VllmEngine(smollm, config, dtype=torch.bfloat16, max_model_len=128)
+    engine = VllmEngine(ServedModel(smollm, dtype=torch.bfloat16, max_model_len=128), config)
     # The process is as it was.
     assert random.getstate() == random_state
     assert (np.random.get_state()[1] == numpy_state).all()
@@ -685,7 +686,7 @@ def test_a_hang_inside_vllm_ends_the_process(engine, capfd):
 
 
 def test_what_goes_wrong_inside_vllm_ends_the_engine(tiny_llama):
-    made = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    made = VllmEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG)
 
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
@@ -716,7 +717,7 @@ def test_an_engine_whose_weights_broke_says_so(tied):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of vLLM's CPU backend")
 def test_logits_that_are_no_numbers_end_the_engine(tiny_llama, model):
-    made = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    made = VllmEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG)
     broken = {name: torch.full_like(p, np.nan) for name, p in _weights(model).items()}
     made.load_weights(broken.items(), frozenset(broken), 1)
     prompts = _prompts(model.config.vocab_size, (4, 7))
@@ -779,7 +780,7 @@ def test_a_signal_while_vllm_samples(sharp_llama, tmp_path, monkeypatch, capfd, 
 
 
 def test_a_sleeping_or_closed_engine_does_not_answer(tiny_llama):
-    engine = VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64)
+    engine = VllmEngine(ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG)
     engine.wake()
     before = engine.next_logprobs([np.array([5])], [0])
     engine.sleep()
@@ -796,7 +797,9 @@ def test_a_sleeping_or_closed_engine_does_not_answer(tiny_llama):
 def test_several_ranks_need_a_process_group(tiny_llama, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     with pytest.raises(EngineError, match="2 ranks have no process group"):
-        VllmEngine(tiny_llama, CONFIG, dtype=torch.float32, max_model_len=64, world_size=2)
+        VllmEngine(
+            ServedModel(tiny_llama, dtype=torch.float32, max_model_len=64), CONFIG, world_size=2
+        )
 
 
 def test_the_nccl_end_of_a_server_speaks_as_vllm_s_does():

@@ -29,7 +29,7 @@ from fastalign.judge import JudgeModel, Pair, PairwiseJudge, SelfPairwiseJudge
 from fastalign.judge_quality import compare_blind, plain, quality
 from fastalign.logprobs import Policy, check_packing, probe_batch
 from fastalign.model import resolve_dtype
-from fastalign.rollout import RolloutEngine, SamplingSettings, make_engine
+from fastalign.rollout import RolloutEngine, SamplingSettings, ServedModel, make_engine
 from fastalign.templates import Renderer
 from fastalign.tournament import Contest, play, tally
 
@@ -40,15 +40,14 @@ MAX_LENGTH = 1024
 def make_measuring_engine(model: str, lora_rank: int | None) -> RolloutEngine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return make_engine(
+        ServedModel(
+            model,
+            dtype=resolve_dtype(ModelConfig(model_name_or_path=model), device),
+            device=device,
+            max_model_len=MAX_LENGTH,
+            lora_rank=lora_rank,
+        ),
         RolloutConfig(max_num_seqs=128),
-        model_path=model,
-        dtype=resolve_dtype(ModelConfig(model_name_or_path=model), device),
-        device=device,
-        max_model_len=MAX_LENGTH,
-        lora_rank=lora_rank,
-        seed=0,
-        world_size=1,
-        trust_remote_code=False,
     )
 
 

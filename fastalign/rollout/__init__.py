@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.engine import (
@@ -16,6 +16,7 @@ from fastalign.rollout.engine import (
     Rollout,
     RolloutEngine,
     SamplingSettings,
+    ServedModel,
     SyncReport,
 )
 from fastalign.rollout.watchdog import Watchdog
@@ -27,6 +28,7 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "SamplingSettings",
+    "ServedModel",
     "SyncReport",
     "check_ranks",
     "choose_engine",
@@ -99,21 +101,7 @@ def choose_judge_engine(
     return config.model_copy(update={"engine": name, "tensor_parallel_size": ranks}), why
 
 
-def make_engine(
-    config: RolloutConfig,
-    model_path: str | Path,
-    *,
-    dtype: torch.dtype,
-    max_model_len: int,
-    device: torch.device | str = "cpu",
-    lora_rank: int | None = None,
-    seed: int = 0,
-    world_size: int = 1,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    load_in_4bit: bool = False,
-) -> RolloutEngine:
+def make_engine(model: ServedModel, config: RolloutConfig, world_size: int = 1) -> RolloutEngine:
     """Start the engine that ``config`` asks for, on this rank.
 
     Call it before anything sets up ZeRO-3 for transformers (``HfDeepSpeedConfig``), and with
@@ -121,16 +109,8 @@ def make_engine(
     longer than ``config.timeout_s`` in this process ends the process.
 
     Args:
-        model_path: model folder or hub name to start from.
-        dtype: the trainer's; ``config.dtype`` overrides it unless it is "auto".
-        max_model_len: most tokens of prompt and completion together.
-        device: of the embedded engine; vLLM takes the rank's own.
-        lora_rank: largest rank of the adapters to come; None: full weights are sent.
-        seed: of the engine's own random state; requests bring theirs.
+        model: what it holds; ``config.dtype`` goes before its dtype unless it is "auto".
         world_size: processes of the run.
-        revision: of a hub model.
-        tokenizer: the model's, for an engine that is asked for stop strings; None: it takes none.
-        load_in_4bit: the base in NF4, as :func:`fastalign.quantization.load_nf4` has it.
 
     Raises:
         ConfigError: vLLM is asked for, alone or as what ranks share, and not installed, or cannot
@@ -139,9 +119,9 @@ def make_engine(
         EngineError: the engine does not start.
     """
     if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
+        model = replace(model, dtype=getattr(torch, config.dtype))
     check_ranks(config, world_size)
-    name, why = choose_engine(config, load_in_4bit)
+    name, why = choose_engine(config, model.load_in_4bit)
     if name == "hf" and config.tensor_parallel_size > 1:
         raise ConfigError(
             f"rollout.tensor_parallel_size is {config.tensor_parallel_size}, but {why}, and the "
@@ -150,47 +130,14 @@ def make_engine(
     if name == "server":
         from fastalign.rollout.server import ServerEngine
 
-        return ServerEngine(
-            model_path,
-            config,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            device=device,
-            lora_rank=lora_rank,
-            seed=seed,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            tokenizer=tokenizer,
-        )
+        return ServerEngine(model, config)
     # In this process, where a start that hangs is ended as a call is; a server has its own limit.
     if name == "vllm":
         from fastalign.rollout.vllm import VllmEngine
 
         with Watchdog("vLLM, while it starts,", config.timeout_s).watching():
-            return VllmEngine(
-                model_path,
-                config,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                lora_rank=lora_rank,
-                seed=seed,
-                world_size=world_size,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                tokenizer=tokenizer,
-                load_in_4bit=load_in_4bit,
-            )
+            return VllmEngine(model, config, world_size)
     from fastalign.rollout.hf import HfEngine
 
     with Watchdog("the embedded engine, while it starts,", config.timeout_s).watching():
-        return HfEngine(
-            model_path,
-            config,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            tokenizer=tokenizer,
-            load_in_4bit=load_in_4bit,
-        )
+        return HfEngine(model, config)

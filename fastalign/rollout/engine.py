@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 # vLLM raises smaller temperatures to this one, which would be another policy than asked for.
 MIN_TEMPERATURE = 0.01
@@ -34,6 +36,38 @@ class EngineFault(EngineError):
 
     Whoever raises it leaves no other rank waiting inside the engine.
     """
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an engine is to hold.
+
+    Attributes:
+        path: model folder or hub name.
+        dtype: of parameters and arithmetic.
+        max_model_len: most tokens of prompt and completion together.
+        device: the trainer's.  The embedded engine is on it too; vLLM takes the rank's own, and a
+            server of vLLM on GPUs those of its settings.
+        lora_rank: largest rank of the adapters to come; None: full weights are sent.  The embedded
+            engine takes both.
+        seed: of vLLM's own random state; requests bring theirs.
+        revision: of a hub model.
+        trust_remote_code: run code that comes with the model.
+        tokenizer: the model's, for an engine that is asked for stop strings; None: it takes none.
+        load_in_4bit: the base in NF4, as :func:`fastalign.quantization.load_nf4` has it, for
+            adapters alone.
+    """
+
+    path: str | Path
+    dtype: torch.dtype
+    max_model_len: int
+    device: torch.device | str = "cpu"
+    lora_rank: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+    load_in_4bit: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
-    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -39,6 +37,7 @@ from fastalign.rollout.engine import (
     Rollout,
     RolloutEngine,
     SamplingSettings,
+    ServedModel,
     SyncReport,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
@@ -70,27 +69,8 @@ class HfEngine(RolloutEngine):
     name = "hf"
     _called = "the embedded engine"
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        config: RolloutConfig,
-        *,
-        dtype: torch.dtype,
-        max_model_len: int,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        load_in_4bit: bool = False,
-    ) -> None:
+    def __init__(self, model: ServedModel, config: RolloutConfig) -> None:
         """Load the replica.
-
-        Args:
-            model_path: model folder or hub name, as transformers loads it.
-            dtype: of parameters and arithmetic.
-            max_model_len: most tokens of prompt and completion together.
-            tokenizer: the model's, for stop strings; None: it takes none.
-            load_in_4bit: the base in NF4, for adapters alone.
 
         Raises:
             ConfigError: the text of the tokenizer's tokens cannot be told, or there is no NF4 here.
@@ -102,24 +82,32 @@ class HfEngine(RolloutEngine):
                 "the embedded engine must be made before HfDeepSpeedConfig: transformers would "
                 "shard its replica over the ranks"
             )
-        super().__init__(max_model_len, tokenizer is not None)
-        self._tokens = _bridge.TokenBytes(token_bytes(tokenizer)) if tokenizer is not None else None
-        self._device = torch.device(device)
+        super().__init__(model.max_model_len, model.tokenizer is not None)
+        self._tokens = (
+            _bridge.TokenBytes(token_bytes(model.tokenizer))
+            if model.tokenizer is not None
+            else None
+        )
+        self._device = torch.device(model.device)
         self._config = config
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         try:
-            if load_in_4bit:
-                model = load_nf4(str(model_path), dtype=dtype, device=self._device, **options)
+            if model.load_in_4bit:
+                loaded = load_nf4(
+                    str(model.path), dtype=model.dtype, device=self._device, **options
+                )
             else:
-                model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **options)
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    model.path, dtype=model.dtype, **options
+                )
         except ConfigError:
             raise
         except Exception as error:  # of all kinds where its files are damaged
-            raise EngineError(f"{model_path} cannot be loaded: {reason(error)}") from None
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(_GROUPED_ATTENTION)
-        self._model = model.to(self._device).eval().requires_grad_(False)
-        self._vocab_size = model.config.get_text_config().vocab_size
+            raise EngineError(f"{model.path} cannot be loaded: {reason(error)}") from None
+        if loaded.config._attn_implementation == "sdpa":
+            loaded.set_attn_implementation(_GROUPED_ATTENTION)
+        self._model = loaded.to(self._device).eval().requires_grad_(False)
+        self._vocab_size = loaded.config.get_text_config().vocab_size
         # Taken before any adapter renames them: PEFT keeps the same parameter objects.
         self._parameters = dict(self._model.named_parameters())
         self._peft: Any = None

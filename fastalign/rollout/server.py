@@ -26,14 +26,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from fastalign import ranks
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
-from fastalign.rollout.engine import CLOSED, Adapter, EngineError, EngineFault, SyncReport
+from fastalign.rollout.engine import (
+    CLOSED,
+    Adapter,
+    EngineError,
+    EngineFault,
+    ServedModel,
+    SyncReport,
+)
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
 from fastalign.rollout.vllm import (
+    MAX_ADAPTERS,
     ONEDNN_CACHE,
     VllmAnswers,
     check_transfer,
@@ -45,7 +52,6 @@ from fastalign.rollout.watchdog import Watchdog
 
 # One file, or one series of broadcasts, of a transfer of full weights.
 _BUCKET_BYTES = 512 * 2**20
-_MAX_ADAPTERS = 2
 
 # Between this module and those that run in the server's processes.
 TOKEN = "FASTALIGN_SERVER_TOKEN"
@@ -101,43 +107,21 @@ class ServerEngine(VllmAnswers):
     _called = "the vLLM server"
     _gone = EngineFault
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        config: RolloutConfig,
-        *,
-        dtype: torch.dtype,
-        max_model_len: int,
-        device: torch.device | str = "cpu",
-        lora_rank: int | None = None,
-        seed: int = 0,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
+    def __init__(self, model: ServedModel, config: RolloutConfig) -> None:
         """Start the server and wait until it answers; collective over the default process group.
-
-        Args:
-            model_path: model folder or hub name.
-            dtype: of parameters and arithmetic.
-            max_model_len: most tokens of prompt and completion together.
-            device: the trainer's; on a GPU ``config.server.devices`` are the server's.
-            lora_rank: largest rank of an adapter; None: the engine takes full weights alone.
-            seed: of vLLM's own random state; requests bring theirs.
-            tokenizer: the model's; vLLM loads the same for stop strings.  None: it takes none.
 
         Raises:
             ConfigError: ``config.server.devices`` are not GPUs that the trainer leaves alone, or
                 the run has several nodes.
             EngineError: the server does not start, or not in time.
         """
-        super().__init__(max_model_len, tokenizer is not None)
-        self._device = torch.device(device)
+        super().__init__(model.max_model_len, model.tokenizer is not None)
+        self._device = torch.device(model.device)
         self._on_cpu = self._device.type == "cpu"
         self._config = config
         _check_place(config, self._device)
-        self._dtype = dtype
-        self._max_adapters = _MAX_ADAPTERS if lora_rank is not None else 0
+        self._dtype = model.dtype
+        self._max_adapters = MAX_ADAPTERS if model.lora_rank is not None else 0
         self._adapters: dict[str, _Adapter] = {}
         self._last_id = 0
         self._base_was_sent = False
@@ -145,17 +129,17 @@ class ServerEngine(VllmAnswers):
         self._process: subprocess.Popen[bytes] | None = None
         self._sender: _Sender | None = None
         self._folder: Path | None = None
-        arguments = server_arguments(config, max_model_len, self._on_cpu, lora_rank) | {
-            "model": str(model_path),
-            "dtype": str(dtype).removeprefix("torch."),
-            "seed": seed,
-            "skip_tokenizer_init": tokenizer is None,
-            "trust_remote_code": trust_remote_code,
+        arguments = server_arguments(config, model.max_model_len, self._on_cpu, model.lora_rank) | {
+            "model": str(model.path),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "seed": model.seed,
+            "skip_tokenizer_init": model.tokenizer is None,
+            "trust_remote_code": model.trust_remote_code,
         }
-        if revision is not None:
-            arguments["revision"] = revision
-        if tokenizer is not None:
-            arguments["tokenizer"] = tokenizer.name_or_path
+        if model.revision is not None:
+            arguments["revision"] = model.revision
+        if model.tokenizer is not None:
+            arguments["tokenizer"] = model.tokenizer.name_or_path
         self._arguments = arguments
         # Requests have a limit of their own, which comes first.
         self._watchdog = Watchdog("the transfer of weights", config.timeout_s + GRACE_S)
@@ -601,7 +585,7 @@ def server_arguments(
     if lora_rank is not None:
         arguments |= {
             "enable_lora": True,
-            "max_loras": _MAX_ADAPTERS,
+            "max_loras": MAX_ADAPTERS,
             "max_lora_rank": allowed_rank(lora_rank),
         }
     return arguments

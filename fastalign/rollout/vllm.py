@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from fastalign import ranks
 from fastalign.config import ConfigError, RolloutConfig
@@ -44,6 +43,7 @@ from fastalign.rollout.engine import (
     Rollout,
     RolloutEngine,
     SamplingSettings,
+    ServedModel,
     SyncReport,
 )
 from fastalign.rollout.sync import Fingerprint, digest, fingerprint, verify
@@ -57,6 +57,9 @@ _MIN_BATCHED_TOKENS = 4096
 # prompts of ever other lengths bring new ones: 100 MiB over some hundred steps.  vLLM itself keeps
 # those of 32 numbers of rows for each matrix; beyond that it is enough that layers share them.
 ONEDNN_CACHE = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+# Names that can have an adapter at once: the policy, and a judge or an earlier policy.
+MAX_ADAPTERS = 2
 
 # A rank of an engine waits for the others, which may be judging.
 _PATIENCE = timedelta(hours=2)
@@ -210,22 +213,7 @@ class VllmEngine(VllmAnswers):
     name = "vllm"
     _called = "the vLLM engine"
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        config: RolloutConfig,
-        *,
-        dtype: torch.dtype,
-        max_model_len: int,
-        lora_rank: int | None = None,
-        max_adapters: int = 2,
-        seed: int = 0,
-        world_size: int = 1,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        load_in_4bit: bool = False,
-    ) -> None:
+    def __init__(self, model: ServedModel, config: RolloutConfig, world_size: int = 1) -> None:
         """Start vLLM on this rank's device.
 
         With several ranks this is collective over all of them, and needs torchrun's environment
@@ -237,22 +225,15 @@ class VllmEngine(VllmAnswers):
         and ``torch.set_num_threads``, all of which vLLM changes.
 
         Args:
-            model_path: model folder or hub name; its tokenizer is not needed.
-            dtype: of parameters and arithmetic.
-            max_model_len: most tokens of prompt and completion together.
-            lora_rank: largest rank of an adapter; None: the engine takes full weights alone.
-            max_adapters: most adapters at once.
-            seed: of vLLM's own random state; requests bring theirs.
+            model: what it holds; a tokenizer is loaded anew, by its name.
             world_size: ranks of the run, a multiple of ``config.tensor_parallel_size``.
-            tokenizer: the model's; vLLM loads the same for stop strings.  None: it takes none.
-            load_in_4bit: the base in NF4, for adapters alone.
 
         Raises:
             ConfigError: NF4 in float32, which vLLM does not have.
             EngineError: several ranks without a process group, or vLLM does not start.
         """
-        super().__init__(max_model_len, tokenizer is not None)
-        if load_in_4bit and dtype == torch.float32:
+        super().__init__(model.max_model_len, model.tokenizer is not None)
+        if model.load_in_4bit and model.dtype == torch.float32:
             raise ConfigError(
                 "rollout.dtype: vLLM computes with NF4 in half precision alone; set it to "
                 "bfloat16, or rollout.engine to 'hf'"
@@ -281,31 +262,31 @@ class VllmEngine(VllmAnswers):
                 from vllm.platforms import current_platform
 
                 self._on_cpu = current_platform.is_cpu()
-                arguments = engine_arguments(config, max_model_len, self._on_cpu)
+                arguments = engine_arguments(config, model.max_model_len, self._on_cpu)
                 if world_size > 1:
                     arguments["distributed_executor_backend"] = "external_launcher"
-                if load_in_4bit:
+                if model.load_in_4bit:
                     # Quantised while it is loaded, from the numbers of the checkpoint and with
                     # double quantisation, as load_nf4 does.
                     arguments["quantization"] = "bitsandbytes"
-                if tokenizer is not None:
+                if model.tokenizer is not None:
                     arguments |= {
                         "skip_tokenizer_init": False,
-                        "tokenizer": tokenizer.name_or_path,
-                        "tokenizer_revision": revision,
+                        "tokenizer": model.tokenizer.name_or_path,
+                        "tokenizer_revision": model.revision,
                     }
-                if lora_rank is not None:
+                if model.lora_rank is not None:
                     arguments |= {
                         "enable_lora": True,
-                        "max_loras": max_adapters,
-                        "max_lora_rank": allowed_rank(lora_rank),
+                        "max_loras": MAX_ADAPTERS,
+                        "max_lora_rank": allowed_rank(model.lora_rank),
                     }
                 self._llm = LLM(
-                    str(model_path),
-                    dtype=str(dtype).removeprefix("torch."),
-                    seed=seed,
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
+                    str(model.path),
+                    dtype=str(model.dtype).removeprefix("torch."),
+                    seed=model.seed,
+                    revision=model.revision,
+                    trust_remote_code=model.trust_remote_code,
                     **arguments,
                 )
         except Exception as error:
@@ -317,8 +298,8 @@ class VllmEngine(VllmAnswers):
         if self._on_cpu:
             self._llm.collective_rpc("fastalign_own_sampler")
         self._request_type = LoRARequest
-        self._dtype = dtype
-        self._max_adapters = max_adapters if lora_rank is not None else 0
+        self._dtype = model.dtype
+        self._max_adapters = MAX_ADAPTERS if model.lora_rank is not None else 0
         self._vocab_size = self._llm.model_config.get_vocab_size()
         self._folder = tempfile.TemporaryDirectory(prefix="fastalign-adapters-")
         self._adapters: dict[str, _Adapter] = {}
