@@ -161,8 +161,7 @@ def make_renderers(
     kind: JudgeKind | None = "pairwise",
 ) -> list[Renderer]:
     """One for each dataset, then each of evaluation and of the judge, for each may have its own
-    template;
-    ``judge`` is who reads what they render for it, ``kind`` what it is asked for."""
+    template; ``judge`` is who reads what they render for it, ``kind`` what it is asked for."""
     return [
         make_renderer(
             config, tokenizer, judge, kind, dataset.template, dataset.chat_template_kwargs

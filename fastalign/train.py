@@ -437,12 +437,12 @@ def batches(
 ) -> Iterator[tuple[int, list[Example]]]:
     """Global batches of a round from ``position.batch`` on, in an order fixed by the seed."""
     epochs = config.online.num_train_epochs if config.online else 1
-    order = np.concatenate(
+    indices = np.concatenate(
         [order(config, len(examples), position.round * epochs + e) for e in range(epochs)]
     )
     size = config.global_batch_size
     for index in range(position.batch, _batches_in(config, len(examples))):
-        yield index, [examples[i] for i in order[index * size : (index + 1) * size]]
+        yield index, [examples[i] for i in indices[index * size : (index + 1) * size]]
 
 
 def _batches_in(config: Config, examples: int) -> int:
