@@ -109,15 +109,14 @@ format: .venv ## Rewrite the sources in style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-# Files are spread over processes of one thread each; what is measured runs alone.
-PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+# Spread over processes of one thread each.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --benchmark-disable
 
 test: .venv ## Run the tests
 	@# What DeepSpeed compiles, before tests that kill what they start.
 	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null
-	FASTALIGN_BENCH=smoke $(PARALLEL) --benchmark-disable tests
-	FASTALIGN_BENCH=smoke $(BIN)/python -m pytest -q bench
-	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --benchmark-disable $(KERNEL_TESTS)
+	FASTALIGN_BENCH=smoke $(PARALLEL) --dist loadfile tests bench
+	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --dist worksteal $(KERNEL_TESTS)
 
 # What Python loads before an extension that was built with them.
 PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $(CXX) -print-file-name=$(name).so))

