@@ -175,7 +175,8 @@ class RolloutConfig(Strict):
     engine: Literal["auto", "vllm", "hf", "server"] = Field(
         "auto",
         description="'auto' takes vLLM when it is installed, the embedded engine otherwise; "
-        "'server': vLLM in a process of its own, for online.max_staleness or GPUs of its own.",
+        "'server': vLLM (0.32) in a process of its own, for online.max_staleness or GPUs of its "
+        "own.",
     )
     server: ServerConfig = Field(ServerConfig(), description="The server of engine 'server'.")
     timeout_s: PositiveFloat = Field(

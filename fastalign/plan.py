@@ -393,13 +393,15 @@ class Planner:
         gpu: name and bytes of one GPU.
 
     Raises:
-        ConfigError: no such model or module, or settings of DeepSpeed's that contradict the recipe.
+        ConfigError: no such model or module, a reference that is to move and is not there, or
+            settings of DeepSpeed's that contradict the recipe.
     """
 
     def __init__(self, config: Config, gpu: tuple[str, int]) -> None:
         self.config = resolve_adapter(config)
         self.gpu, self.memory = gpu
         self.method = make_method(config)
+        self.wants_reference = wants_reference(self.config, self.method)
         # All GPUs with a name have fast products in bfloat16.
         self.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
         self._footprints: dict[bool, Footprint] = {}
@@ -425,7 +427,7 @@ class Planner:
             host += weights * (stage < 3) + held.masters + held.moments
         notes: list[str] = []
         engine_fits = True
-        if wants_reference(config, self.method) and not config.use_peft:
+        if self.wants_reference and not config.use_peft:
             frozen = [Parameter(p.numel, p.bytes, False, p.decayed) for p in model.parameters]
             parts.append(_reference(frozen, stage, gpus, zero))
         if config.online is not None and config.rollout.engine == "server":

@@ -115,7 +115,7 @@ def wants_reference(config: Config, method: Method) -> bool:
     Raises:
         ConfigError: the reference is to move, but there is none.
     """
-    judges = (config.judge, config.eval_judge) if config.online else ()
+    asked = (config.judge, config.eval_judge) if config.online else ()
     # Online evaluation reports how far the policy has moved from the reference.
     measured = config.online is not None and config.eval_steps is not None
     wanted = (
@@ -124,7 +124,7 @@ def wants_reference(config: Config, method: Method) -> bool:
         or measured
         or any(
             judge is not None and judge.type == "self" and judge.model == "reference"
-            for judge in judges
+            for judge in asked
         )
     )
     if config.refreshes and not wanted:

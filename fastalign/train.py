@@ -88,8 +88,8 @@ def train(config: Config, stop: Stop | None = None) -> dict[str, float]:
     check_judges(config, method)
     needs_reference = wants_reference(config, method)
     tokenizer = load_tokenizer(config)
-    judge_renderers = model_judges(config, method)
     data = prepare(config, method, tokenizer)
+    judge_renderers = model_judges(config, method)
     identity = model_card.identify(config) if rank == 0 else {}
 
     tracker = Tracker(config, rank, data.rounds.total_steps)

@@ -268,36 +268,44 @@ class RankServer:
     """tests/rank_server.py, which runs one process after the other."""
 
     def __init__(self) -> None:
+        self._pid, self._code = 0, None
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("rank_server.py")],
-            env=outside_environment(),
+            # Looking for a GPU by CUDA itself would keep forks from using one.
+            env=outside_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            bufsize=0,  # what select has to see is not in a buffer here
+            bufsize=0,  # what poll has to see is not in a buffer here
         )
+        self._answers = select.poll()
+        self._answers.register(self._server.stdout, select.POLLIN | select.POLLHUP)
         # It ends when its standard input does, also when this process is killed.
         atexit.register(self._server.communicate)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        request = {"command": command, "environment": environment, "log": str(log)}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request).encode() + b"\n")
-        self._pid, self._code = self._answer(), None
+        request = {"command": command, "environment": environment, "log": str(log.resolve())}
+        line = json.dumps(request | {"folder": os.getcwd()})
+        self._server.stdin.write(line.encode() + b"\n")
+        self._code = None
+        self._pid = self._answer("pid")
 
     def poll(self) -> int | None:
         """The exit code, once there is one."""
-        if self._code is None and select.select([self._server.stdout], [], [], 0)[0]:
-            self._code = self._answer()
+        if self._pid and self._answers.poll(0):
+            self._pid, self._code = 0, self._answer("exit")
         return self._code
 
     def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self._pid, signal.SIGKILL)
-            self._code = self._answer()
+        if self._pid:
+            # It is the server's child: it may end, and be gone, at any time.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._pid, self._code = 0, self._answer("exit")
 
-    def _answer(self) -> int:
-        assert self._server.stdout is not None
-        return int(self._server.stdout.readline())
+    def _answer(self, what: str) -> int:
+        line = self._server.stdout.readline()
+        assert line, f"{self._server.args} ended"
+        return json.loads(line)[what]
 
 
 @functools.cache
@@ -322,16 +330,17 @@ def run_ranks(*command: Any, log: Path, ranks: int = 2, timeout: float = 400) ->
     }
     log.write_text("")
     processes = [rank_server(rank) for rank in range(ranks)]
-    for rank, process in enumerate(processes):
-        environment = outside_environment(RANK=str(rank), LOCAL_RANK=str(rank), **group)
-        process.start([str(part) for part in command], environment, log)
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes) or any(codes):
-            break
-        time.sleep(0.1)
-    codes = [process.poll() for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
+    try:
+        for rank, process in enumerate(processes):
+            environment = outside_environment(RANK=str(rank), LOCAL_RANK=str(rank), **group)
+            process.start([str(part) for part in command], environment, log)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in processes]
+            if all(code is not None for code in codes) or any(codes):
+                break
+            time.sleep(0.1)
+        return [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from fastalign.demo.rules import (
 )
 from fastalign.judge import Answer, RulePairwiseJudge
 from fastalign.methods import make_method
-from fastalign.rollout import make_engine
+from fastalign.rollout import ServedModel, make_engine
 from fastalign.templates import Renderer
 
 
@@ -291,10 +290,11 @@ def small_ablation(tiny_llama, tmp_path, monkeypatch, quiet_process):
 
     monkeypatch.setattr(ablation, "judge_habit", criticise)
     monkeypatch.setattr(measure, "MAX_NEW_TOKENS", 8)
-    engine = partial(
-        make_engine, RolloutConfig(engine="hf"), dtype=torch.float32, max_model_len=512
-    )
-    monkeypatch.setattr(measure, "make_measuring_engine", lambda model, rank: engine(model))
+
+    def embedded(model, lora_rank):
+        return make_engine(ServedModel(model, torch.float32, 512), RolloutConfig(engine="hf"))
+
+    monkeypatch.setattr(measure, "make_measuring_engine", embedded)
     command = ["--output-dir", str(tmp_path / "runs"), "--seeds", "0", "1"]
     result = tmp_path / "ablation.json"
 

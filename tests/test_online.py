@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastalign.endpoint import JudgeError
 from fastalign.episodes import Episode, journal_path, recall_verdicts
 from fastalign.methods import make_method
 from fastalign.model import load_tokenizer
+from fastalign.plan import Planner
 from fastalign.rollout import choose_judge_engine
 from fastalign.rollout.hf import HfEngine
 from fastalign.run import Run
@@ -679,6 +681,15 @@ def test_a_judge_that_says_nothing_stops_the_run(sharp_llama, tmp_path, monkeypa
 
 
 # -------------------------------------------------------------------------------- what is logged
+
+
+def test_a_reference_that_nothing_asks_does_not_move(rule, sharp_llama, tmp_path):
+    """Said before a model is loaded, by a plan as well."""
+    config = online(sharp_llama, tmp_path, rule, online=SIZES | {"rounds_per_reference": 1})
+    for start in (train, partial(Planner, gpu=("h100", 2**36))):
+        with pytest.raises(ConfigError, match=r"^online.rounds_per_reference is set, but noth"):
+            start(config)
+    assert not Path(config.output_dir, "run.json").exists()
 
 
 def test_prompts_do_not_come_back_within_an_epoch(rule, sharp_llama, tmp_path):

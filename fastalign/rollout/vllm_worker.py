@@ -113,7 +113,7 @@ class WorkerExtension:
                     yield name, tensor
 
         try:
-            with without_adapters(self.get_model()):
+            with _without_adapters(self.get_model()):
                 self.reload_weights(weights_iterator=arriving())
         except Exception as error:
             if failures:
@@ -202,7 +202,7 @@ class WorkerExtension:
 
 
 @contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+def _without_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Put the model's own layers where vLLM has put those that add an adapter to them.
 
     The models' loaders look parameters up by name, and those of vLLM 0.24 do not know the names
