@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
 WHAT = {"frozen": "frozen head", "trained": "trained head", "values": "values alone"}
-# What their names begin with: results that docs/bridge.md shows, and whole steps beside a peer's.
-BRIDGE = ("packing", "sampling", "store", "dpo-step")
+# What their names begin with: results that docs/bridge.md shows, and others that are not kernels'.
+BRIDGE = ("packing", "sampling", "store", "dpo-step", "attention")
 # In whose ways the same numbers are computed, as bench/test_linear_logprob.py calls them.
 PEERS = {
     "naive": "plain torch",
@@ -101,7 +101,7 @@ def in_full(folder: Path = RESULTS) -> str:
 
 def bridge(folder: Path = RESULTS) -> str:
     """What runs in csrc/ beside whoever else does it, for docs/bridge.md."""
-    results = [r for r in load(folder) if r["file"].startswith(BRIDGE[:-1])]
+    results = [r for r in load(folder) if r["file"].startswith(BRIDGE[:3])]
     lines = ["| device | what | FastAlign, ms | others, ms |", "| --- | --- | --- | --- |"]
     for result in results:
         groups: dict[str, dict[str, Any]] = {}

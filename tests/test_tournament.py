@@ -19,6 +19,7 @@ from fastalign.config import ConfigError, JudgeConfig, RolloutConfig
 from fastalign.episodes import Verdict
 from fastalign.judge import JudgeModel, RulePairwiseJudge, SelfPairwiseJudge, make_judge
 from fastalign.model import load_tokenizer
+from fastalign.rollout import ServedModel
 from fastalign.rollout.hf import HfEngine
 from fastalign.templates import Renderer
 from fastalign.tournament import Bracket, Contest, Tally, play, rounds_of, tally
@@ -142,7 +143,7 @@ class Counting(HfEngine):
 
 @pytest.mark.parametrize("principles", [(), ("honesty", "brevity", "wit")])
 def test_a_model_is_asked_twice_per_match_and_principle(sharp_llama, renderer, principles):
-    engine = Counting(sharp_llama, RolloutConfig(), dtype=torch.float32, max_model_len=512)
+    engine = Counting(ServedModel(sharp_llama, torch.float32, 512), RolloutConfig())
     config = JudgeConfig(type="self", principles=principles)
     judge = make_judge(config, "pairwise", renderer, JudgeModel(engine))
     texts = ["is one", "two", "Paris", "two", "seven", "is in", "two"]
