@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
+from fastalign.lora import add_in_one_pass
 from fastalign.model import REFERENCE, adapt, load_model_config
 from fastalign.quantization import BLOCK, lay_out_nf4, scales_of
 from fastalign_kernels.reference import (
@@ -156,6 +157,7 @@ def _meta_policy(config: Config, dtype: torch.dtype) -> Policy:
             lora = policy.model.peft_config["default"]
             policy.model.add_adapter(REFERENCE, replace(lora, inference_mode=True))
             policy.model.set_adapter("default")
+            add_in_one_pass(policy.model)
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)

@@ -42,6 +42,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from fastalign.attention import leave_uncompiled
 from fastalign.config import Config, ConfigError, ModelConfig, check_4bit
 from fastalign.logprobs import Policy
+from fastalign.lora import add_in_one_pass
 from fastalign.printing import reason
 from fastalign.quantization import load_nf4, scales_of
 
@@ -758,6 +759,7 @@ def _add_adapters(model: nn.Module, config: Config) -> PeftModel:
             "lora_target_modules includes the LM head, whose product FastAlign fuses with the "
             "loss: leave it out (all-linear does)"
         )
+    add_in_one_pass(adapted)
     return adapted
 
 

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastalign import _bridge
 from fastalign.config import ConfigError, RolloutConfig
+from fastalign.lora import add_in_one_pass
 from fastalign.printing import reason
 from fastalign.quantization import load_nf4
 from fastalign.rollout.draw import draw
@@ -202,6 +203,7 @@ class HfEngine(RolloutEngine):
         start = time.perf_counter()
         self._adapters.pop(name, None)
         self._install(name, config)
+        add_in_one_pass(self._peft)
         # New adapter layers start in training mode, and would sample with dropout.
         self._peft.eval()
         held = _adapter_tensors(self._peft, name)
