@@ -115,6 +115,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --benchmar
 test: .venv ## Run the tests
 	@# What DeepSpeed compiles, before tests that kill what they start.
 	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null
+	@# tests first: their conftest sets what libraries read when bench's imports them.
 	FASTALIGN_BENCH=smoke $(PARALLEL) --dist loadfile tests bench
 	TRITON_INTERPRET=1 FASTALIGN_IMPL=triton $(PARALLEL) --dist worksteal $(KERNEL_TESTS)
 

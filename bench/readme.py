@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 REGION = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
 WHAT = {"frozen": "frozen head", "trained": "trained head", "values": "values alone"}
-# What their names begin with: results that docs/bridge.md shows, and others that are not kernels'.
-BRIDGE = ("packing", "sampling", "store", "dpo-step", "attention")
+# What their names begin with: results that docs/bridge.md shows, and all that are not kernels'.
+BRIDGE = ("packing", "sampling", "store")
+OTHERS = (*BRIDGE, "dpo-step", "attention")
 # In whose ways the same numbers are computed, as bench/test_linear_logprob.py calls them.
 PEERS = {
     "naive": "plain torch",
@@ -78,7 +79,7 @@ def in_full(folder: Path = RESULTS) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in load(folder):
-        if result["file"].startswith(BRIDGE):
+        if result["file"].startswith(OTHERS):
             continue
         rows = [row for row in result.get("rows", ()) if "who" in row and "median" in row]
         plain = {row["group"]: row["median"] for row in rows if row["who"] == "naive"}
@@ -101,7 +102,7 @@ def in_full(folder: Path = RESULTS) -> str:
 
 def bridge(folder: Path = RESULTS) -> str:
     """What runs in csrc/ beside whoever else does it, for docs/bridge.md."""
-    results = [r for r in load(folder) if r["file"].startswith(BRIDGE[:3])]
+    results = [r for r in load(folder) if r["file"].startswith(BRIDGE)]
     lines = ["| device | what | FastAlign, ms | others, ms |", "| --- | --- | --- | --- |"]
     for result in results:
         groups: dict[str, dict[str, Any]] = {}

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from fastalign import ranks
 from fastalign.config import ConfigError, RolloutConfig
-from fastalign.rollout.adapters import allowed_rank, fold, write_adapter
+from fastalign.rollout.adapters import fold, write_adapter
 from fastalign.rollout.engine import (
     CLOSED,
     Adapter,
@@ -129,18 +129,7 @@ class ServerEngine(VllmAnswers):
         self._process: subprocess.Popen[bytes] | None = None
         self._sender: _Sender | None = None
         self._folder: Path | None = None
-        arguments = server_arguments(config, model.max_model_len, self._on_cpu, model.lora_rank) | {
-            "model": str(model.path),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "seed": model.seed,
-            "skip_tokenizer_init": model.tokenizer is None,
-            "trust_remote_code": model.trust_remote_code,
-        }
-        if model.revision is not None:
-            arguments["revision"] = model.revision
-        if model.tokenizer is not None:
-            arguments["tokenizer"] = model.tokenizer.name_or_path
-        self._arguments = arguments
+        self._arguments = server_arguments(model, config, self._on_cpu)
         # Requests have a limit of their own, which comes first.
         self._watchdog = Watchdog("the transfer of weights", config.timeout_s + GRACE_S)
         self._launch()
@@ -566,11 +555,9 @@ _TORCHRUN = frozenset(
 ) | {"ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def server_arguments(
-    config: RolloutConfig, max_model_len: int, on_cpu: bool, lora_rank: int | None
-) -> dict[str, Any]:
-    """The server's options, whatever the model; True and False switch one."""
-    arguments = engine_arguments(config, max_model_len, on_cpu)
+def server_arguments(model: ServedModel, config: RolloutConfig, on_cpu: bool) -> dict[str, Any]:
+    """The server's options; True and False switch one."""
+    arguments = engine_arguments(model, config, on_cpu)
     # Of an engine inside the trainer's process.
     arguments = {k: v for k, v in arguments.items() if k not in _COLOCATED}
     # Imported by the worker before it makes its transport.
@@ -582,12 +569,6 @@ def server_arguments(
         "tensor_parallel_size": max(1, len(config.server.devices)),
     }
     arguments["weight_transfer_config"] = json.dumps({"backend": FILES if on_cpu else "nccl"})
-    if lora_rank is not None:
-        arguments |= {
-            "enable_lora": True,
-            "max_loras": MAX_ADAPTERS,
-            "max_lora_rank": allowed_rank(lora_rank),
-        }
     return arguments
 
 

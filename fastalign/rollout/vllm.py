@@ -262,33 +262,14 @@ class VllmEngine(VllmAnswers):
                 from vllm.platforms import current_platform
 
                 self._on_cpu = current_platform.is_cpu()
-                arguments = engine_arguments(config, model.max_model_len, self._on_cpu)
+                arguments = engine_arguments(model, config, self._on_cpu)
                 if world_size > 1:
                     arguments["distributed_executor_backend"] = "external_launcher"
                 if model.load_in_4bit:
                     # Quantised while it is loaded, from the numbers of the checkpoint and with
                     # double quantisation, as load_nf4 does.
                     arguments["quantization"] = "bitsandbytes"
-                if model.tokenizer is not None:
-                    arguments |= {
-                        "skip_tokenizer_init": False,
-                        "tokenizer": model.tokenizer.name_or_path,
-                        "tokenizer_revision": model.revision,
-                    }
-                if model.lora_rank is not None:
-                    arguments |= {
-                        "enable_lora": True,
-                        "max_loras": MAX_ADAPTERS,
-                        "max_lora_rank": allowed_rank(model.lora_rank),
-                    }
-                self._llm = LLM(
-                    str(model.path),
-                    dtype=str(model.dtype).removeprefix("torch."),
-                    seed=model.seed,
-                    revision=model.revision,
-                    trust_remote_code=model.trust_remote_code,
-                    **arguments,
-                )
+                self._llm = LLM(**arguments)
         except Exception as error:
             raise EngineError(f"vLLM did not start: {type(error).__name__}: {error}") from error
         # All ranks have it now: without a name it goes when they go, whatever ends them.
@@ -643,26 +624,42 @@ def _rollout(answer: Mapping[str, Any], version: int) -> Rollout:
     )
 
 
-def engine_arguments(config: RolloutConfig, max_model_len: int, on_cpu: bool) -> dict[str, Any]:
-    """What vLLM is started with, whatever the model."""
+def engine_arguments(model: ServedModel, config: RolloutConfig, on_cpu: bool) -> dict[str, Any]:
+    """What vLLM is started with, wherever it runs."""
     arguments: dict[str, Any] = {
+        "model": str(model.path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": model.seed,
+        "trust_remote_code": model.trust_remote_code,
         "tensor_parallel_size": config.tensor_parallel_size,
         "enforce_eager": config.enforce_eager,
-        "max_model_len": max_model_len,
+        "max_model_len": model.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "enable_prefix_caching": True,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": model.tokenizer is None,
         "generation_config": "vllm",
         "use_tqdm_on_load": False,
         "worker_extension_cls": "fastalign.rollout.vllm_worker.WorkerExtension",
     }
+    if model.revision is not None:
+        arguments["revision"] = model.revision
+    if model.tokenizer is not None:
+        arguments["tokenizer"] = model.tokenizer.name_or_path
+        if model.revision is not None:
+            arguments["tokenizer_revision"] = model.revision
+    if model.lora_rank is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": MAX_ADAPTERS,
+            "max_lora_rank": allowed_rank(model.lora_rank),
+        }
     if on_cpu:
         return arguments | {
             "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             # A seeded request whose prompt is computed in chunks dies on the CPU backend: "CPU
             # Generator does not use offset".  Whole prompts need steps at least as long.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, _MIN_BATCHED_TOKENS),
+            "max_num_batched_tokens": max(model.max_model_len, _MIN_BATCHED_TOKENS),
         }
     return arguments | {
         "gpu_memory_utilization": config.gpu_memory_utilization,
