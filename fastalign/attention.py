@@ -101,6 +101,12 @@ class Segments:
         ]
         return own.to(device), others
 
+    @functools.cached_property
+    def masks(self) -> dict[tuple[int, int | None, torch.dtype], torch.Tensor]:
+        """What `_stairs` made for this pack, once for all layers, which keep it for the backward
+        pass."""
+        return {}
+
 
 def packed_attention(
     module: nn.Module,
@@ -145,6 +151,10 @@ def packed_attention(
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
+    rows = max(segments.lengths)
+    if query.device.type == "cpu":
+        rows = min(rows, CPU_ROWS)
+    stairs = functools.partial(_stairs, segments, rows, sliding_window, query)
     parts: list[torch.Tensor] = []
     for q, k, v, parent in zip(queries, keys, values, segments.parents, strict=True):
         before = 0
@@ -152,12 +162,11 @@ def packed_attention(
             before = segments.lengths[parent]
             k = torch.cat([keys[parent], k], dim=2)
             v = torch.cat([values[parent], v], dim=2)
-        rows = CPU_ROWS if q.device.type == "cpu" else q.shape[2]
         blocks = _blocks(q.shape[2], before, sliding_window, rows)
         spans = tuple((block.first_key, before + block.end) for block in blocks)
         operands = q.split(rows, dim=2), _slices(k, spans), _slices(v, spans)
         for block, q, k, v in zip(blocks, *operands, strict=True):
-            mask = _mask(block, before, sliding_window, q.device)
+            mask = _mask(block, before, sliding_window, stairs)
             parts.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -193,17 +202,33 @@ def _blocks(length: int, before: int, window: int | None, rows: int) -> list[_Bl
     ]
 
 
+def _stairs(segments: Segments, rows: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[rows, S + rows], added to scores: 0 from the last of ``window`` tokens on up to column
+    S + i in row i, -inf elsewhere.  The masks of all blocks of ``rows`` queries are parts of it."""
+    made = segments.masks.get((rows, window, like.dtype))
+    if made is None:
+        before = min(max(segments.keys), window or max(segments.keys))
+        columns = torch.arange(before + rows, device=like.device)
+        distance = columns[before:, None] - columns
+        seen = (distance >= 0) & (distance < window) if window else distance >= 0
+        made = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        segments.masks[rows, window, like.dtype] = made
+    return made
+
+
 def _mask(
-    block: _Block, before: int, window: int | None, device: torch.device
+    block: _Block, before: int, window: int | None, stairs: Callable[[], torch.Tensor]
 ) -> torch.Tensor | None:
-    """bool [queries, keys] of a block: token t sees those of ``before`` and 0..t of its segment, or
-    the last ``window`` of them; None where it is causal from the first key on."""
+    """[queries, keys] of a block, added to its scores: token t sees those of ``before`` and 0..t of
+    its segment, or the last ``window`` of them; None where it is causal from the first key on."""
     start, end, first = block
     if before == start == 0 and (not window or end <= window):
         return None
-    queries = torch.arange(before + start, before + end, device=device)
-    distance = queries[:, None] - torch.arange(first, before + end, device=device)[None, :]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    whole = stairs()
+    last = whole.shape[1] - whole.shape[0]
+    mask = whole[: end - start, last - (before + start - first) : last + end - start]
+    # Kernels of a GPU want rows that begin at multiples of some bytes.
+    return mask if mask.device.type == "cpu" else mask.contiguous()
 
 
 def _slices(x: torch.Tensor, spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from fastalign.attention import CPU_ROWS
 from fastalign.config import Config, ConfigError, ModelConfig
 from fastalign.logprobs import Policy, probe_batch
 from fastalign.lora import add_in_one_pass
@@ -123,7 +124,7 @@ class Footprint:
                 f"{type(self.policy.causal_lm).__name__} cannot be followed without its values, "
                 f"so that there is no plan for it: {reason}"
             ) from None
-        return live.most
+        return live.most + (_mask_on_a_cpu(tokens, self.dtype) if self._on_cpu else 0)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -252,6 +253,11 @@ def _head_on_a_cpu(model: Footprint, rows: int) -> int:
         return tiles + 4 * model.hidden_size * (2 * rows + columns)
     of_a_block = 4 * height * model.hidden_size
     return max(tiles + 2 * of_a_block, 4 * height * columns + 5 * of_a_block)
+
+
+def _mask_on_a_cpu(tokens: int, dtype: torch.dtype) -> int:
+    """Of packed attention, one for all layers, where a sequence takes several blocks of queries."""
+    return CPU_ROWS * (tokens + CPU_ROWS) * dtype.itemsize if tokens > CPU_ROWS else 0
 
 
 # ------------------------------------------------------------------------------------ attention

@@ -41,6 +41,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fastalign.attention import leave_uncompiled
 from fastalign.config import Config, ConfigError, ModelConfig, check_4bit
+from fastalign.gated import keep_less
 from fastalign.logprobs import Policy
 from fastalign.lora import add_in_one_pass
 from fastalign.printing import reason
@@ -623,6 +624,9 @@ def adapt(model: Any, config: Config) -> Policy:
     """The transformers model with gradient checkpointing and adapters as the recipe has them."""
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not config.torch_compile:
+        # A compiled layer chooses what it keeps.
+        keep_less(model)
     if config.use_peft:
         model = _add_adapters(model, config)
     policy = Policy(model)
