@@ -103,8 +103,7 @@ class Segments:
 
     @functools.cached_property
     def masks(self) -> dict[tuple[int, int | None, torch.dtype], torch.Tensor]:
-        """What `_stairs` made for this pack, once for all layers, which keep it for the backward
-        pass."""
+        """What `_stairs` made for this pack, for all layers."""
         return {}
 
 
@@ -151,10 +150,10 @@ def packed_attention(
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
+    on_cpu = query.device.type == "cpu"
     rows = max(segments.lengths)
-    if query.device.type == "cpu":
+    if on_cpu:
         rows = min(rows, CPU_ROWS)
-    stairs = functools.partial(_stairs, segments, rows, sliding_window, query)
     parts: list[torch.Tensor] = []
     for q, k, v, parent in zip(queries, keys, values, segments.parents, strict=True):
         before = 0
@@ -166,7 +165,16 @@ def packed_attention(
         spans = tuple((block.first_key, before + block.end) for block in blocks)
         operands = q.split(rows, dim=2), _slices(k, spans), _slices(v, spans)
         for block, q, k, v in zip(blocks, *operands, strict=True):
-            mask = _mask(block, before, sliding_window, stairs)
+            mask = None
+            if before or block.start or (sliding_window and block.end > sliding_window):
+                # Of the keys that the block sees, those before its first token.
+                earlier = before + block.start - block.first_key
+                if on_cpu:
+                    stairs = _stairs(segments, rows, sliding_window, q)
+                    last = stairs.shape[1] - rows
+                    mask = stairs[: q.shape[2], last - earlier : last + q.shape[2]]
+                else:
+                    mask = _seen(q.shape[2], earlier, sliding_window, q.device)
             parts.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -202,33 +210,27 @@ def _blocks(length: int, before: int, window: int | None, rows: int) -> list[_Bl
     ]
 
 
+def _seen(rows: int, earlier: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [rows, earlier + rows]: token t of ``rows`` sees the ``earlier`` ones and 0..t, or the
+    last ``window`` of these."""
+    keys = torch.arange(-earlier, rows, device=device)
+    distance = keys[earlier:, None] - keys
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
 def _stairs(segments: Segments, rows: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """[rows, S + rows], added to scores: 0 from the last of ``window`` tokens on up to column
-    S + i in row i, -inf elsewhere.  The masks of all blocks of ``rows`` queries are parts of it."""
+    """[rows, C + rows], added to scores: 0 where `_seen` behind the most keys C, -inf elsewhere.
+
+    The masks of all blocks are parts of it.  From a bool one torch's kernel for CPUs would make
+    such a one for each block and layer, and keep it for the backward pass.
+    """
     made = segments.masks.get((rows, window, like.dtype))
     if made is None:
-        before = min(max(segments.keys), window or max(segments.keys))
-        columns = torch.arange(before + rows, device=like.device)
-        distance = columns[before:, None] - columns
-        seen = (distance >= 0) & (distance < window) if window else distance >= 0
+        most = min(max(segments.keys), window or max(segments.keys))
+        seen = _seen(rows, most, window, like.device)
         made = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         segments.masks[rows, window, like.dtype] = made
     return made
-
-
-def _mask(
-    block: _Block, before: int, window: int | None, stairs: Callable[[], torch.Tensor]
-) -> torch.Tensor | None:
-    """[queries, keys] of a block, added to its scores: token t sees those of ``before`` and 0..t of
-    its segment, or the last ``window`` of them; None where it is causal from the first key on."""
-    start, end, first = block
-    if before == start == 0 and (not window or end <= window):
-        return None
-    whole = stairs()
-    last = whole.shape[1] - whole.shape[0]
-    mask = whole[: end - start, last - (before + start - first) : last + end - start]
-    # Kernels of a GPU want rows that begin at multiples of some bytes.
-    return mask if mask.device.type == "cpu" else mask.contiguous()
 
 
 def _slices(x: torch.Tensor, spans: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:

@@ -6,27 +6,31 @@ wide as the MLP is inside.  Here the activation, a few operations a number, is c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.activations import ACT2FN
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
+# They give the same for the same values, in memory of its own and in the type of what they are
+# given, and have nothing to train.
+ACTIVATIONS = {type(ACT2FN[name]) for name in ("silu", "swish", "gelu", "gelu_pytorch_tanh")}
+
 
 class GatedProduct(torch.autograd.Function):
-    """``act(gate) * up`` of tensors of one shape and type, of which it keeps these two alone.
-    ``act`` gives the same for the same values and trains nothing.  Values and gradients are torch's
-    to the bit."""
+    """``act(gate) * up`` of tensors of one shape and type, of which it keeps these two alone; one
+    of `ACTIVATIONS`.  Values and gradients are those of torch's operations to the bit."""
 
     @staticmethod
     def forward(ctx: Any, act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return _times(act(gate), up, gate)
+        return act(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -36,35 +40,27 @@ class GatedProduct(torch.autograd.Function):
             gate = gate.detach().requires_grad_()
             activated = ctx.act(gate)
         (of_gate,) = torch.autograd.grad(activated, gate, gradient * up)
-        return None, of_gate, _times(activated, gradient, gate)
+        return None, of_gate, activated.detach().mul_(gradient)
 
 
-def _times(activated: torch.Tensor, factor: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Their product, in the memory of the first unless that is what the activation was given."""
-    activated, given = activated.detach(), activated is gate
-    return activated * factor if given else activated.mul_(factor)
+def _product(act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    # An adapter of one of them alone may give it another type.
+    if gate.dtype != up.dtype:
+        return act(gate) * up
+    product: torch.Tensor = GatedProduct.apply(act, gate, up)
+    return product
 
 
-def _keeping_less(layer: Any) -> Any:
-    class GatedMLP(layer):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """x [..., D]: [..., D]."""
-            gate, up = self.gate_proj(x), self.up_proj(x)
-            # Adapters of one of them alone may give it another type.
-            if gate.dtype == up.dtype:
-                product: Any = GatedProduct.apply(self.act_fn, gate, up)
-            else:
-                product = self.act_fn(gate) * up
-            output: torch.Tensor = self.down_proj(product)
-            return output
-
-    return GatedMLP
+def _llamas(self: Any, x: torch.Tensor) -> torch.Tensor:
+    # As transformers has it, to compare with: what this module is right for.
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
 
 
-def _is_gated(layer: type) -> bool:
-    """Whether its forward is Llama's, instruction by instruction: most of transformers' models have
-    a class of their own for the same MLP."""
-    ours = LlamaMLP.forward.__code__
+def _is_gated(layer: Any) -> bool:
+    """Whether its forward is `_llamas`, instruction by instruction: most of transformers' models
+    have a class of their own for the same MLP."""
+    ours = _llamas.__code__
     theirs = getattr(getattr(layer, "forward", None), "__code__", None)
     return theirs is not None and (theirs.co_code, theirs.co_names, theirs.co_argcount) == (
         ours.co_code,
@@ -73,18 +69,32 @@ def _is_gated(layer: type) -> bool:
     )
 
 
+@functools.cache
+def _keeping_less(layer: Any) -> Any:
+    class GatedMLP(layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """x [..., D]: [..., D]."""
+            output: torch.Tensor = self.down_proj(
+                _product(self.act_fn, self.gate_proj(x), self.up_proj(x))
+            )
+            return output
+
+    # DeepSpeed is told of modules by such names.
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(GatedMLP, name, getattr(layer, name))
+    return GatedMLP
+
+
 def keep_less(model: nn.Module) -> int:
-    """Have the gated MLPs in ``model`` work this way: how many they are.  Others stay as they are,
-    as do those whose activation has weights or buffers of its own."""
-    made: dict[type, type] = {}
+    """Have the gated MLPs in ``model`` work this way: how many they are.  Those with another
+    forward than Llama's or another activation than `ACTIVATIONS` stay as they are."""
     changed = 0
     for module in model.modules():
-        layer = type(module)
+        layer: Any = type(module)
         if not _is_gated(layer):
             continue
         act: Any = module.act_fn
-        if isinstance(act, nn.Module) and any(True for _ in (*act.parameters(), *act.buffers())):
-            continue
-        module.__class__ = made.setdefault(layer, _keeping_less(layer))
-        changed += 1
+        if type(act) in ACTIVATIONS and not getattr(act, "inplace", False):
+            module.__class__ = _keeping_less(layer)
+            changed += 1
     return changed

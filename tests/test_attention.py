@@ -126,6 +126,61 @@ def test_a_window_ends_what_a_token_sees(rows, monkeypatch):
         packed_attention(nn.Module(), q, k, v, None, segments=shared, sliding_window=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_in_the_types_of_models(dtype, window, monkeypatch):
+    """Layers of either kind over one pack, each behind the other."""
+    monkeypatch.setattr(attention, "CPU_ROWS", 2)
+    segments = segments_of([(5, [4]), (1, [1]), (3, [4])])
+    lengths = list(segments.lengths)
+    seen = seen_by(lengths, [-1] * len(lengths))
+    for layer in (None, window, None, window):
+        q, k, v = tensors(lengths, (6, 2), dtype)
+        out, _ = packed_attention(
+            nn.Module(), q, k, v, None, segments=segments, sliding_window=layer
+        )
+        q, k, v = (x.detach().double() for x in (q, k, v))
+        expected = plainly(q, k, v, [tokens[-layer:] for tokens in seen] if layer else seen)
+        bound = 1e-2 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
+    assert out.dtype == dtype
+
+
+def test_a_pack_has_one_mask_for_all_layers(monkeypatch):
+    """Kept for the backward pass are views of it, and no masks of their own."""
+    monkeypatch.setattr(attention, "CPU_ROWS", 3)
+    groups: Groups = [(4, [9, 2]), (7, [1])]
+    segments = segments_of(groups)
+    assert not segments.masks
+    kept = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.add((x.shape, x.untyped_storage().data_ptr())) or x, lambda x: x
+    ):
+        for _ in range(2):
+            q, k, v = tensors(list(segments.lengths), (2, 2), torch.float32)
+            packed_attention(nn.Module(), q, k, v, None, segments=segments)
+    (mask,) = segments.masks.values()
+    masks = [place for shape, place in kept if len(shape) == 2]
+    assert masks and set(masks) == {mask.untyped_storage().data_ptr()}
+
+
+def test_what_a_block_sees_beside_its_part_of_the_mask():
+    """As on a GPU, where each block has its own."""
+    segments = segments_of([(6, [5]), (2, [1, 3])])
+    query = torch.zeros(1, 1, 4, 8)
+    for window in (None, 1, 2, 5, 20):
+        whole = attention._stairs(segments, 4, window, query)
+        last = whole.shape[1] - 4
+        for earlier in range(min(11, window or 11)):
+            for rows in range(1, 5):
+                part = whole[:rows, last - earlier : last + rows]
+                seen = attention._seen(rows, earlier, window, query.device)
+                assert torch.equal(part == 0, seen) and torch.equal(part < 0, ~seen)
+                for t in range(rows):
+                    tokens = list(range(earlier + t + 1))[-(window or 99) :]
+                    assert seen[t].nonzero().flatten().tolist() == tokens
+
+
 def test_gradients_of_keys_are_not_added_up_in_half_precision():
     """300 blocks of queries that see the same key: a sum in bf16 would stop at 256."""
     x = torch.randn(1, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True)

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support import recipe
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
 from fastalign.gated import GatedProduct, keep_less
+from fastalign.model import load_policy
 
 WIDTH, INNER, TOKENS = 7, 13, 5
 SIZES = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": 1, "head_dim": 8}
@@ -63,7 +66,7 @@ def kept(mlp: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh", "relu", "sigmoid", "linear"])
+@pytest.mark.parametrize("act", ["silu", "swish", "gelu", "gelu_pytorch_tanh"])
 def test_values_and_gradients_are_transformers_own_to_the_bit(act, dtype):
     theirs, ours = mlps(act, dtype)
     for found, expected in zip(everything(ours, dtype), everything(theirs, dtype), strict=True):
@@ -87,18 +90,16 @@ def test_what_the_activation_gives_is_not_kept():
 
 
 def test_nothing_is_written_over():
-    """A pass may be gone through twice, and reads of gate and up elsewhere stay true."""
-    for act in ("silu", "linear"):
-        _, ours = mlps(act)
-        x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
-        gate = ours.gate_proj(x)
-        up = ours.up_proj(x)
-        before = gate.detach().clone(), up.detach().clone()
-        y = GatedProduct.apply(ours.act_fn, gate, up)
-        (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-        (second,) = torch.autograd.grad(y.sum(), x)
-        assert torch.equal(first, second)
-        assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
+    """A pass may be gone through twice, and what is read elsewhere stays true."""
+    _, ours = mlps()
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    gate, up = ours.gate_proj(x), ours.up_proj(x)
+    before = gate.detach().clone(), up.detach().clone()
+    y = GatedProduct.apply(ours.act_fn, gate, up)
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(first, second)
+    assert torch.equal(gate, before[0]) and torch.equal(up, before[1])
 
 
 def test_factors_of_two_types():
@@ -136,7 +137,8 @@ def _pass(model: Any, ids: torch.Tensor, checkpointed: bool) -> list[torch.Tenso
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     logits = model(input_ids=ids, use_cache=False).logits
-    return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [logits, *torch.autograd.grad(logits.square().sum(), trained)]
 
 
 @pytest.mark.parametrize("kind", ["phi3", "gpt2"])
@@ -148,26 +150,58 @@ def test_other_mlps_stay_as_they_are(kind):
 
 
 class Halved(LlamaMLP):
-    """With the same attributes, and another product."""
+    """With the same attributes, and another product; as a later LlamaMLP might be."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) / 2)
 
 
-class Trained(nn.Module):
-    """An activation with a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.slope
-
-
-def test_a_product_of_another_kind_stays():
+def test_a_product_of_another_kind_stays(monkeypatch):
     config = LlamaConfig(**SIZES)
     assert keep_less(Halved(config)) == 0
-    mlp = LlamaMLP(config)
-    mlp.act_fn = Trained()
+    assert keep_less(LlamaMLP(config)) == 1
+    monkeypatch.setattr(LlamaMLP, "forward", Halved.forward)
+    assert keep_less(LlamaMLP(config)) == 0
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), nn.PReLU(), nn.RReLU(), nn.Identity()])
+def test_an_activation_that_cannot_be_computed_again_stays(act):
+    """It writes over what it is given, is trained, is random, or gives that back."""
+    mlp = LlamaMLP(LlamaConfig(**SIZES))
+    mlp.act_fn = act
     assert keep_less(mlp) == 0
+
+
+def test_a_class_keeps_its_name():
+    """DeepSpeed is told of leaves of ZeRO-3 by it."""
+    theirs, ours = mlps()
+    assert type(ours) is not type(theirs) and isinstance(ours, LlamaMLP)
+    for name in ("__name__", "__qualname__", "__module__"):
+        assert getattr(type(ours), name) == getattr(LlamaMLP, name)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_under_adapters_with_dropout(checkpointed):
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL))
+    ours = copy.deepcopy(theirs)
+    assert keep_less(ours) == 2
+    config = LoraConfig(
+        r=2, lora_dropout=0.3, init_lora_weights=False, target_modules=r".*(gate|up|down)_proj"
+    )
+    found = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        model = get_peft_model(model, config)
+        torch.manual_seed(2)
+        found.append(_pass(model, torch.arange(1, 12)[None], checkpointed))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("compiled", "swapped"), [(False, 2), (True, 0)])
+def test_the_policy_has_them_unless_it_is_compiled(tiny_llama, tmp_path, compiled, swapped):
+    config = recipe("sft", tiny_llama, tmp_path, use_peft=True, torch_compile=compiled)
+    policy = load_policy(config, torch.float32, torch.device("cpu"))
+    mlps = [module for module in policy.modules() if isinstance(module, LlamaMLP)]
+    assert len(mlps) == 2 and sum(type(mlp) is not LlamaMLP for mlp in mlps) == swapped
