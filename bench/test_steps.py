@@ -68,13 +68,13 @@ def measured(name: str, dtype: str) -> list[dict[str, Any]]:
 @pytest.mark.skipif(FOLDER is None, reason="FASTALIGN_BENCH_DATA names no folder with its data")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "side"),
+    ("name", "who"),
     [(name, side) for name, bench in benches("").items() for side in bench.sides],
 )
-def test_step(benchmark, name, side, dtype):
-    if not runs_here(side):
-        pytest.skip(f"{side} is not installed")
-    (row,) = (row for row in measured(name, dtype) if row["side"] == side)
+def test_step(benchmark, name, who, dtype):
+    if not runs_here(who):
+        pytest.skip(f"{who} is not installed")
+    (row,) = (row for row in measured(name, dtype) if row["side"] == who)
     seconds = row["seconds"][WARMUP_STEPS:]
     benchmark.group = f"{name} {dtype}"
     kept = ("tokens_per_second", "body", "peak_gib", "version")
