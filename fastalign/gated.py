@@ -7,15 +7,12 @@ wide as the MLP is inside.  Here the activation, a few operations a number, is c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # They give the same for the same values, in memory of its own and in the type of what they are
 # given, and have nothing to train.
@@ -27,7 +24,7 @@ class GatedProduct(torch.autograd.Function):
     of `ACTIVATIONS`.  Values and gradients are those of torch's operations to the bit."""
 
     @staticmethod
-    def forward(ctx: Any, act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
         return act(gate).mul_(up)
@@ -38,12 +35,13 @@ class GatedProduct(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
-            activated = ctx.act(gate)
+            # Without the module's hooks, which know of no graph within the backward pass.
+            activated = ctx.act.forward(gate)
         (of_gate,) = torch.autograd.grad(activated, gate, gradient * up)
         return None, of_gate, activated.detach().mul_(gradient)
 
 
-def _product(act: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _product(act: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     # An adapter of one of them alone may give it another type.
     if gate.dtype != up.dtype:
         return act(gate) * up

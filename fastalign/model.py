@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ if not torch.cuda.is_available():
     # Read when DeepSpeed is imported, which otherwise warns about the accelerator it lacks.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ LOCK_PATIENCE_S = 60.0
 # What an adapter's file says of the base that it was trained on (metadata of safetensors).
 BASE_KEY, NF4 = "base_quantization", "nf4"
 AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
-# Bytes gathered at once when weights leave ZeRO-3 for the engine.
+Tensors = Generator[tuple[str, torch.Tensor], None, None]
+# Bytes gathered at once when weights leave ZeRO-3 for the engine; twice, with those on their way.
 GATHER_BUCKET_BYTES = 256 << 20
 AS_SAID = "as the recipe says"
 # Of float32's on a CPU; below that bfloat16 costs more than its half of the memory is worth.
@@ -290,6 +292,38 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ) from None
 
 
+class _Gathering:
+    """Parameters that are on their way to this rank from those that hold their shards under ZeRO-3;
+    collective, but for waiting.  What is whole already stays so."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        sharded: list[Any] = [p for p in parameters.values() if is_zero_param(p)]
+        self._taken = [p for p in sharded if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        self._handle = self._taken[0].all_gather_coalesced(self._taken) if self._taken else None
+
+    def wait(self) -> None:
+        if self._handle is not None:
+            self._handle.wait()
+
+    def release(self) -> None:
+        self.wait()
+        if self._taken:
+            self._taken[0].partition(self._taken)
+
+
+def _buckets(weights: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """In their order, each as long as it takes to reach GATHER_BUCKET_BYTES."""
+    buckets: list[dict[str, nn.Parameter]] = []
+    size = GATHER_BUCKET_BYTES
+    for name, parameter in weights.items():
+        if size >= GATHER_BUCKET_BYTES:
+            buckets.append({})
+            size = 0
+        buckets[-1][name] = parameter
+        size += _numel(parameter) * parameter.element_size()
+    return buckets
+
+
 @dataclass
 class TrainedModel:
     """The policy under DeepSpeed, with its frozen reference over the same weights or beside them.
@@ -397,27 +431,29 @@ class TrainedModel:
         """Base parameters under their checkpoint names (full fine-tuning)."""
         return dict(self.policy.causal_lm.named_parameters())
 
-    def iter_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full tensors by name; collective under ZeRO-3, one bucket gathered at a time."""
+    def iter_weights(self, dtype: torch.dtype) -> Tensors:
+        """Full tensors by name; collective under ZeRO-3, where one bucket is gathered while the one
+        before it is read.  Close it where it is not read to its end."""
         return self._iter(self.named_weights(), dtype)
 
-    def iter_reference_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def iter_reference_weights(self, dtype: torch.dtype) -> Tensors:
         """The same of the second set of weights."""
         return self._iter(self._reference_tensors(), dtype)
 
-    def _iter(
-        self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        bucket: list[tuple[str, nn.Parameter]] = []
-        size = 0
-        for name, parameter in weights.items():
-            bucket.append((name, parameter))
-            size += _numel(parameter) * parameter.element_size()
-            if size >= GATHER_BUCKET_BYTES:
-                yield from self._gathered(bucket, dtype)
-                bucket, size = [], 0
-        if bucket:
-            yield from self._gathered(bucket, dtype)
+    def _iter(self, weights: Mapping[str, nn.Parameter], dtype: torch.dtype | None) -> Tensors:
+        """The next bucket is on its way while one is read: two are whole at once."""
+        buckets = _buckets(weights)
+        ahead: list[_Gathering] = []
+        try:
+            for i, bucket in enumerate(buckets):
+                ahead += [_Gathering(b) for b in buckets[i + len(ahead) : i + 2]]
+                ahead[0].wait()
+                for name, parameter in bucket.items():
+                    yield name, parameter.detach().to(dtype or parameter.dtype)
+                ahead.pop(0).release()
+        finally:
+            for gathering in ahead:
+                gathering.release()
 
     def iter_start(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full tensors of what the reference computes with, before anything is trained: all but
@@ -451,13 +487,6 @@ class TrainedModel:
             "inference_mode": True,
             "base_model_name_or_path": self.config.model_name_or_path,
         }
-
-    def _gathered(
-        self, bucket: list[tuple[str, nn.Parameter]], dtype: torch.dtype | None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        with self._gather([parameter for _, parameter in bucket]):
-            for name, parameter in bucket:
-                yield name, parameter.detach().to(dtype or parameter.dtype)
 
     @contextlib.contextmanager
     def _gather(self, parameters: list[nn.Parameter], write: bool = False) -> Iterator[None]:

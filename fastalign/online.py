@@ -167,11 +167,9 @@ def push_weights(run: Run) -> None:
             )
         report = run.engine.load_adapter(POLICY, tensors, run.model.adapter_config(), run.version)
     else:
-        report = run.engine.load_weights(
-            run.model.iter_weights(run.model.dtype),
-            frozenset(run.model.named_weights()),
-            run.version,
-        )
+        names = frozenset(run.model.named_weights())
+        with contextlib.closing(run.model.iter_weights(run.model.dtype)) as weights:
+            report = run.engine.load_weights(weights, names, run.version)
     run.synced = report
     run.tracker.phase("sync", f"{report.seconds:.1f} s")
 
@@ -643,9 +641,9 @@ def _trained_model(run: Run, who: JudgeConfig, writes: bool) -> judge.JudgeModel
     if not writes:
         return judge.JudgeModel(engine, scorer=ReferenceScorer(model))
     run.synced = None
-    engine.load_weights(
-        model.iter_reference_weights(model.dtype), frozenset(model.named_weights()), run.version
-    )
+    names = frozenset(model.named_weights())
+    with contextlib.closing(model.iter_reference_weights(model.dtype)) as weights:
+        engine.load_weights(weights, names, run.version)
     return judge.JudgeModel(engine)
 
 

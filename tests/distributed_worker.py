@@ -38,7 +38,11 @@ from fastalign.rollout.server import ServerEngine
 from fastalign.rollout.sync import fingerprint
 
 # Behind fastalign.model, which prepares the environment that DeepSpeed reads when imported.
-from deepspeed.runtime.zero.partition_parameters import Init  # isort: skip
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # isort: skip
+
+
+# Of the small models' weights, which would be one bucket.
+fastalign.model.GATHER_BUCKET_BYTES = 1 << 14
 
 
 def keep(path: Path, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -167,12 +171,41 @@ def _content(run: Any) -> dict[str, Any]:
     }
 
 
+def _interrupted(run: Any) -> dict[str, int]:
+    """Buckets of a transfer that ends in its second one, whole parameters in it and behind it, and
+    differences of the transfer after that from the one before (collective)."""
+
+    def whole() -> int:
+        states = [getattr(p, "ds_status", None) for p in run.model.policy.parameters()]
+        return sum(state != ZeroParamStatus.NOT_AVAILABLE for state in states)
+
+    buckets = fastalign.model._buckets(run.model.named_weights())
+    before = {name: tensor.clone() for name, tensor in run.model.iter_weights(torch.float32)}
+    resting = whole()
+    with contextlib.closing(run.model.iter_weights(torch.float32)) as weights:
+        for _ in range(len(buckets[0]) + 1):
+            next(weights)
+        under_way = whole()
+    behind = whole()
+    after = dict.fromkeys(before, 1) | {
+        name: int(not torch.equal(before[name], tensor))
+        for name, tensor in run.model.iter_weights(torch.float32)
+    }
+    return {
+        "buckets": len(buckets),
+        "under_way": under_way - resting,
+        "left": behind - resting,
+        "different": sum(after.values()),
+    }
+
+
 def rollouts(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> None:
     """A run whose engine is compared with its trainer before the first step and after the last."""
     original = loop.run_rounds
     facts: dict[str, Any] = {}
 
     def run_rounds(run: Any, *arguments: Any) -> dict[str, float]:
+        facts["interrupted"] = {} if run.model.uses_adapter else _interrupted(run)
         wake(run)
         first = _agreement(run)
         metrics = original(run, *arguments)

@@ -135,6 +135,11 @@ def test_the_engine_holds_what_two_ranks_trained(suite, name):
     else:
         stored = load_file(suite.folder / name / "out" / "model.safetensors")
         assert sorted(stored) == content["names"]
+        interrupted = facts["interrupted"]
+        assert interrupted["buckets"] > 3
+        assert interrupted["left"] == interrupted["different"] == 0
+        # The second bucket, and the third on its way.
+        assert interrupted["under_way"] > 1
 
 
 @pytest.mark.parametrize("name", RUNS)
