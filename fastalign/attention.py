@@ -4,7 +4,6 @@ computed once and attended to by all that continue them."""
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -294,16 +293,25 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    return _flash_attn() is not None
+
+
+@functools.cache
+def _flash_attn() -> Callable[..., torch.Tensor] | None:
+    """Its function for variable lengths, which version 2 has."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
 
 @functools.cache
 def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
     """(query [T, H, d], key and value [K, Hkv, d] of all keys, segments, scaling, dropout, window)
     -> [T, H, d], causal from the last token of each segment's keys."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    flash_attn_varlen_func = _flash_attn()
+    if flash_attn_varlen_func is None:
         return _torch_varlen()
 
     def flash(

@@ -867,7 +867,8 @@ def test_a_server_that_is_killed_is_a_line_and_leaves_nothing(engine):
     time.sleep(1.0)
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
-    asking.join(60)
+    asking.join(120)
+    assert not asking.is_alive()
     (error,) = died
     assert str(error).startswith("the vLLM server failed: ") and "\n" not in str(error)
     with pytest.raises(EngineError, match="cannot be used any more"):
