@@ -56,6 +56,7 @@ def gradients(folder: Path, name: str, config: Config, spec: dict[str, Any]) -> 
     """One model; loss and full gradients of a global batch under each of several recipes."""
     reference = spec.get("reference")
     run, _ = support.start(config, reference=Path(reference) if reference else None)
+    assert run.model.shares_prefixes != name.startswith("unpacked")
     for case, tree in spec["cases"].items():
         examples = support.as_method(run, parse_config(tree))
         metrics, full = support.step_with_gradients(run, examples)

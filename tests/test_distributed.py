@@ -87,6 +87,11 @@ class Suite:
             keys = {"zero_stage": stage, "adapter_name_or_path": str(models["adapter"])}
             cases = variants(LORA_CASES, full, folder / "rows", **LORA, **keys)
             self.gradients(f"lora-{stage}", cases)
+        keys = {"zero_stage": 3, "gradient_checkpointing": True}
+        cases = variants(LORA_CASES, full, folder / "rows", **keys)
+        self.gradients("full-checkpointed-3", cases, reference=other)
+        keys |= LORA | {"adapter_name_or_path": str(models["adapter"])}
+        self.gradients("lora-checkpointed-3", variants(LORA_CASES, full, folder / "rows", **keys))
         cases = variants(UNPACKED_CASES, models["qwen"], folder / "rows", zero_stage=3)
         self.gradients("unpacked-3", cases, reference=str(models["other-qwen"]))
 
@@ -152,11 +157,12 @@ def alone():
 
 def one_rank(suite: Suite, alone: dict, name: str, case: str):
     spec = suite.specs[name]
-    config = parse_config(spec["cases"][case] | {"zero_stage": 0})
+    plain = {"zero_stage": 0, "gradient_checkpointing": False}
+    config = parse_config(spec["cases"][case] | plain)
     key = (config.model_name_or_path, config.adapter_name_or_path)
     if key not in alone:
         reference = spec.get("reference")
-        first = parse_config(spec["recipe"] | {"zero_stage": 0})
+        first = parse_config(spec["recipe"] | plain)
         alone[key] = start(first, reference=Path(reference) if reference else None)[0]
     return step_with_gradients(alone[key], as_method(alone[key], config))
 
@@ -166,6 +172,8 @@ def every_case() -> list[tuple[str, str]]:
     names = [(f"full-{s}", f"{c}-{n}") for s in (0, 3) for c, n in both]
     names += [("full-2", "cut-record"), ("full-2", "norm-token")]
     names += [(f"lora-{s}", f"{c}-{n}") for s in (0, 3) for c, n in both if c in LORA_CASES]
+    for name in ("full-checkpointed-3", "lora-checkpointed-3"):
+        names += [(name, f"{c}-{n}") for c, n in both if c in LORA_CASES]
     return names + [("unpacked-3", f"{c}-{n}") for c, n in both if c in UNPACKED_CASES]
 
 
