@@ -13,12 +13,13 @@ Before anything is measured both sides give their loss on the same records in fp
 weights, which must agree, as must the tokens that they flag.
 
 `recomputed` is our side with gradient_checkpointing, less memory for a third more work; `compiled`
-is it with torch_compile, which compiles in the first steps.  After each step our side runs the same
-packs through the body alone, forward and backward to the adapter, without head, loss and optimizer:
-`body` is its share of the step's time.  Tokens are those that enter the step, a prompt counting
-once for each stream, however often it is computed.  Each side has a process of its own; reported
-are tokens/s over the steps behind the first two, the median step, and the peak of resident memory
-(on a GPU: of what torch allocated).
+is it with torch_compile, which compiles in the first steps; `profiled` is it in torch's profiler,
+which tells the seconds of the operations that take longest in the last step.  After each step but
+profiled ones our side runs the same packs through the body alone, forward and backward to the
+adapter, without head, loss and optimizer: `body` is its share of the step's time.  Tokens are those
+that enter the step, a prompt counting once for each stream, however often it is computed.  Each
+side has a process of its own; reported are tokens/s over the steps behind the first two, the median
+step, and the peak of resident memory (on a GPU: of what torch allocated).
 
 The floor of a step, with N parameters of the body and V x D of the head, for T tokens of which M
 carry a loss: forward, and backward to the inputs, 2 x 2 N T for frozen weights, and the same
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 import tempfile
 import time
@@ -164,6 +166,23 @@ def fastalign_steps(task: dict[str, Any], **keys: Any) -> Row:
         "seconds": found["seconds"],
         "body_seconds": found["beside"],
         "losses": [row["loss"] for row in found["logged"]],
+        "version": importlib.metadata.version("fastalign"),
+    }
+
+
+def profiled_steps(task: dict[str, Any]) -> Row:
+    profile = {"profile": {"steps": 1, "skip": task["steps"] - 1}}
+    found = steps.train_steps(recipe(task) | profile)
+    table = Path(task["output_dir"], "profile", "table-0.txt").read_text(encoding="utf-8")
+    operations = {}
+    for line in table.splitlines():
+        # Name, share of the time in the operation itself, that time, ...
+        name, *cells = re.split(r"  +", line.strip())
+        if len(cells) > 2 and (told := re.fullmatch(r"([\d.]+)(s|ms|us)", cells[1])):
+            operations[name] = float(told[1]) * {"s": 1.0, "ms": 1e-3, "us": 1e-6}[told[2]]
+    return {
+        "seconds": found["seconds"],
+        "operations": dict(list(operations.items())[:12]),
         "version": importlib.metadata.version("fastalign"),
     }
 
@@ -303,6 +322,7 @@ SIDES = {
     "fastalign": fastalign_steps,
     "recomputed": recomputed_steps,
     "compiled": compiled_steps,
+    "profiled": profiled_steps,
     "plain": plain_steps,
 }
 
@@ -324,7 +344,7 @@ def measure(side: str, task: dict[str, Any]) -> Row:
         "tokens_per_second": sum(entering[WARMUP_STEPS:]) / sum(seconds),
         "median_step_s": median(seconds),
     }
-    if side != "plain":
+    if "body_seconds" in found:
         body = found["body_seconds"][WARMUP_STEPS:]
         row["body"] = median(b / s for b, s in zip(body, seconds, strict=True))
     return row
@@ -359,7 +379,7 @@ def main() -> None:
     parser.add_argument("judged", help="written judgments: as Shepherd's")
     parser.add_argument("--longest", type=int, nargs="+", default=[LONGEST_ALONE])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    sides = ("fastalign", "recomputed", "compiled", "plain")
+    sides = ("fastalign", "recomputed", "compiled", "profiled", "plain")
     parser.add_argument("--sides", nargs="+", choices=sides, default=["fastalign", "plain"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)

@@ -149,9 +149,8 @@ def packed_attention(
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    on_cpu = query.device.type == "cpu"
     rows = max(segments.lengths)
-    if on_cpu:
+    if query.device.type == "cpu":
         rows = min(rows, CPU_ROWS)
     parts: list[torch.Tensor] = []
     for q, k, v, parent in zip(queries, keys, values, segments.parents, strict=True):
@@ -168,12 +167,7 @@ def packed_attention(
             if before or block.start or (sliding_window and block.end > sliding_window):
                 # Of the keys that the block sees, those before its first token.
                 earlier = before + block.start - block.first_key
-                if on_cpu:
-                    stairs = _stairs(segments, rows, sliding_window, q)
-                    last = stairs.shape[1] - rows
-                    mask = stairs[: q.shape[2], last - earlier : last + q.shape[2]]
-                else:
-                    mask = _seen(q.shape[2], earlier, sliding_window, q.device)
+                mask = _mask(segments, rows, earlier, sliding_window, q)
             parts.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -215,6 +209,18 @@ def _seen(rows: int, earlier: int, window: int | None, device: torch.device) -> 
     keys = torch.arange(-earlier, rows, device=device)
     distance = keys[earlier:, None] - keys
     return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _mask(
+    segments: Segments, rows: int, earlier: int, window: int | None, query: torch.Tensor
+) -> torch.Tensor:
+    """Of a block's queries, at most ``rows``, to the ``earlier`` tokens and themselves."""
+    n = query.shape[2]
+    if query.device.type != "cpu":
+        return _seen(n, earlier, window, query.device)
+    stairs = _stairs(segments, rows, window, query)
+    last = stairs.shape[1] - rows
+    return stairs[:n, last - earlier : last + n]
 
 
 def _stairs(segments: Segments, rows: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

@@ -182,6 +182,10 @@ def test_the_bench_of_cut_compares_equal_losses(
     assert sum(longer[4]["tokens"]) > 1.5 * sum(ours["tokens"])
     assert longer[5]["plain_records"] == 1
 
+    profiled = bench(cut_step, data, *options, "400", "--sides", "profiled")[-1]
+    assert profiled["side"] == "profiled" and "body" not in profiled
+    assert 0 < profiled["operations"]["aten::mm"] < profiled["seconds"][-1]
+
     original = cut_step.plain_loss
     monkeypatch.setattr(cut_step, "plain_loss", lambda *a: (2 * original(*a)[0], original(*a)[1]))
     with pytest.raises(SystemExit, match="other losses"):
